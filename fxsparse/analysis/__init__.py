@@ -1,0 +1,1 @@
+"""Facts by running the network on its own taint, and the smallest layout that the facts allow."""

@@ -1,0 +1,114 @@
+"""Sparse conditional constant propagation and liveness, per element, in one sweep each way.
+
+Forward, `unknown`: every operator is run on 0/1 tensors (inputs all unknown, weights != 0); values of known elements
+come from running it on the known values. Backward, `demanded`: the vector-Jacobian product of the same operator.
+On an acyclic graph one sweep each way is the fixpoint. The batch is analysed at size 1: samples do not mix.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from fxsparse.ir.bits import some
+from fxsparse.ir.facts import Facts
+from fxsparse.ir.graph import get_tensor
+from fxsparse.rules import Rule, rule_of
+
+RuleOf = Callable[[fx.Node], Rule]
+
+
+def analyze(gm: fx.GraphModule, *, known: Facts | None = None, rule_of: RuleOf = rule_of) -> Facts:
+    """Facts of every tensor value of `gm`.
+
+    known  facts of the same graph from before its weights were rewritten without changing any value: activations keep
+           theirs, and only weights are read again
+    """
+    facts = Facts()
+    with torch.no_grad():
+        for node in gm.graph.nodes:
+            if known is not None and node.op != "get_attr" and node in known.value:
+                _reuse(node, known, facts)
+            else:
+                _forward(gm, node, facts, rule_of)
+        _backward(gm, facts, rule_of)
+    return facts
+
+
+def _reuse(node: fx.Node, known: Facts, facts: Facts) -> None:
+    facts.value[node] = known.value[node]
+    if node in known.unknown:
+        facts.unknown[node] = known.unknown[node]
+    if node in known.index:
+        facts.index[node] = known.index[node]
+
+
+def _forward(gm: fx.GraphModule, node: fx.Node, facts: Facts, rule_of: RuleOf) -> None:
+    if node.op == "placeholder":
+        value = _batch_of_one(node.meta.get("val"))
+        facts.value[node] = value
+        if isinstance(value, Tensor):
+            facts.unknown[node] = torch.ones_like(value, dtype=torch.bool)
+    elif node.op == "get_attr":
+        weight = get_tensor(gm, str(node.target)).detach()
+        facts.value[node] = _wide(weight)
+        facts.unknown[node] = torch.zeros_like(weight, dtype=torch.bool)
+    elif node.op == "call_function":
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: facts.value[n])
+        value = cast(Callable[..., Any], node.target)(*args, **kwargs)
+        facts.value[node] = value
+        if isinstance(value, Tensor):
+            facts.value[node] = value = _wide(value)
+            _settle(node, value, facts, rule_of)
+
+
+def _settle(node: fx.Node, value: Tensor, facts: Facts, rule_of: RuleOf) -> None:
+    """Unknown bits by the rule; a value that is not finite is no fact. Unknown elements hold 0."""
+    tainted = any(n in facts.unknown for n in node.all_input_nodes) or node.target is operator.getitem
+    rule = rule_of(node)
+    unknown = rule.unknown(node, facts) if tainted else torch.zeros_like(value, dtype=torch.bool)
+    if value.is_floating_point() and not value.sum().isfinite():
+        unknown = unknown | ~value.isfinite()
+    facts.unknown[node] = unknown
+    facts.value[node] = value.masked_fill(unknown, 0) if some(unknown) else value
+
+
+def _backward(gm: fx.GraphModule, facts: Facts, rule_of: RuleOf) -> None:
+    facts.demanded = {n: torch.zeros_like(bits) for n, bits in facts.unknown.items()}
+    for node in reversed(gm.graph.nodes):
+        if node.op == "output":
+            _ask(facts, {n: torch.ones_like(facts.unknown[n]) for n in node.all_input_nodes if n in facts.unknown})
+        elif node.op == "call_function":
+            _ask(facts, _asked(node, facts, rule_of))
+
+
+def _asked(node: fx.Node, facts: Facts, rule_of: RuleOf) -> Mapping[fx.Node, Tensor]:
+    demanded = facts.demanded.get(node)
+    if demanded is None:  # a tuple or a number: what is asked of it is not tracked, so all of its inputs are needed
+        return Rule().demand(node, facts, torch.empty(0)) if isinstance(facts.value[node], (tuple, list)) else {}
+    if not demanded.numel():  # one sample leaves nothing here; more may
+        return Rule().demand(node, facts, demanded)
+    return rule_of(node).demand(node, facts, demanded) if some(demanded) else {}
+
+
+def _ask(facts: Facts, demands: Mapping[fx.Node, Tensor]) -> None:
+    for n, bits in demands.items():
+        if n in facts.demanded:
+            facts.demanded[n] |= bits
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _batch_of_one(value: Any) -> Any:
+    """A zero tensor of the placeholder's shape, symbolic sizes at 1; other values as they are."""
+    if isinstance(value, Tensor):
+        shape = [size if isinstance(size, int) else 1 for size in value.shape]
+        dtype = torch.float64 if value.is_floating_point() else value.dtype
+        return torch.zeros(shape, dtype=dtype, device=value.device)
+    return 1 if isinstance(value, torch.SymInt) else value

@@ -1,0 +1,26 @@
+"""What runs the result. Every module in this folder is imported; a target is one file, and no list is edited."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+from fxsparse.backend.target import Target
+from fxsparse.errors import TargetError, near
+
+__all__ = ["TARGETS", "Target", "find_target"]
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+TARGETS: dict[str, Target] = {kind.name: kind() for kind in Target.__subclasses__()}
+
+
+def find_target(name: str) -> Target:
+    """The target called `name`. Raises TargetError when it is unknown or cannot run on this machine."""
+    if name not in TARGETS:
+        known = ", ".join(repr(n) for n in sorted(TARGETS))
+        raise TargetError(f"target {name!r}", expected=f"one of {known}", got="an unknown name",
+                          do=near(str(name), TARGETS) or "Pass target='inductor', the default.")  # fmt: skip
+    TARGETS[name].require()
+    return TARGETS[name]

@@ -1,0 +1,28 @@
+"""What a target is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+
+# flattened inputs -> flattened outputs
+Runnable = Callable[..., Sequence[Tensor]]
+
+
+class Target:
+    """Something that runs a graph. Subclasses live one to a file."""
+
+    name: str
+
+    def require(self) -> None:
+        """Raise TargetError when this machine cannot run the target. By default it can."""
+
+    def lower(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Runnable:
+        """`gm` made ready for inputs of exactly these shapes. `gm` is not changed."""
+        raise NotImplementedError
+
+    def lower_dynamic(self, gm: fx.GraphModule) -> Runnable:
+        """`gm` made ready for any size of its symbolic dimensions. `gm` is not changed."""
+        raise NotImplementedError

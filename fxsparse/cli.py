@@ -1,0 +1,212 @@
+"""The command line: `fxsparse plan | compile | bench | demo`.
+
+Results go to standard output, progress and errors to standard error. Exit status 0; 1 when a rewritten model failed its
+verification; 2 for input that does not fit; 130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import fxsparse
+from fxsparse import load
+from fxsparse.backend import TARGETS
+from fxsparse.errors import FxSparseError, InputError, VerificationError
+from fxsparse.progress import progress
+
+_EXAMPLES = """\
+examples:
+  fxsparse plan torchvision:resnet18 --masks masks.safetensors --input 1,3,224,224
+  fxsparse compile models:vgg16_cifar --weights trained.pt --input 1,3,32,32 --html report.html
+  fxsparse bench my_package.nets:small --input 8,3,64,64 --threads 1 >> rows.jsonl
+  fxsparse demo --quick
+"""
+_MODEL = f"""\
+{load.MODEL_FORMS}. A callable takes no arguments; modules are looked for in the current directory first. Without
+--masks, the zeros in the weights are the masks."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    try:
+        arguments = _parser().parse_args(argv)
+        arguments.run(arguments)
+    except VerificationError as error:
+        return _fail(error, 1)
+    except FxSparseError as error:
+        return _fail(error, 2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _fail(error: FxSparseError, status: int) -> int:
+    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fxsparse",
+        description="Takes a pruned PyTorch model and its masks, and makes the same function faster.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"fxsparse {fxsparse.__version__}, torch {torch.__version__}"
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        added.set_defaults(run=run)
+        return added
+
+    planning = command("plan", _plan, "say what would be done to every weight and why, without building anything")
+    compiling = command("compile", _compile, "rewrite, build, verify and time a model, then say what was gained")
+    timing = command("bench", _bench, "time the dense builds and the result in turn, and print one JSON row for each")
+    for each in (planning, compiling, timing):
+        _add_model_arguments(each)
+    for each in (planning, compiling):
+        each.add_argument("--html", metavar="FILE", type=_output_file, help="write the report as a page with pictures")
+        each.add_argument("--json", metavar="FILE", type=_output_file, help="write the report as JSON")
+    for each in (compiling, timing):
+        each.add_argument(
+            "--verify", metavar="WHEN", default="end",
+            help="compare with the masked model at the end, after each pass, or off (default: end)",
+        )  # fmt: skip
+    compiling.add_argument("--no-measure", action="store_true", help="build without timing it against the dense builds")
+
+    demo = command("demo", _demo, "train, prune, compile and time a small network, and write a report")
+    demo.add_argument("--out", metavar="DIR", default="fxsparse-demo", help="folder to write to (default: %(default)s)")
+    demo.add_argument("--seed", metavar="N", type=_seed, default=0, help="seed of everything random (default: 0)")
+    demo.add_argument("--quick", action="store_true", help="train less: seconds instead of minutes")
+    return parser
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=_MODEL)
+    parser.add_argument("--masks", metavar="FILE", help=".safetensors file, one mask per parameter name, 1 = kept")
+    parser.add_argument("--weights", metavar="FILE", help="state dict, .safetensors or .pt (default: random weights)")
+    parser.add_argument(
+        "--input", metavar="SHAPE", dest="shapes", type=load.parse_shape, action="append", default=[],
+        help="shape of an input, such as 1,3,224,224; once for each argument of the model",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", metavar="NAME", type=load.parse_dtype, default=torch.float32,
+        help=f"of weights and inputs: {', '.join(load.DTYPES)} (default: float32)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--target",
+        metavar="NAME",
+        default="inductor",
+        help=f"what runs the result: {', '.join(TARGETS)} (default: inductor)",
+    )
+    parser.add_argument(
+        "--threads", metavar="N", type=_threads, help="CPU threads to run and time with (default: torch's)"
+    )
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    with progress():
+        model, masks, inputs = _load(arguments)
+        report = fxsparse.plan(model, masks, inputs, target=arguments.target)
+    _write(report, arguments)
+
+
+def _compile(arguments: argparse.Namespace) -> None:
+    _write(_build(arguments, measure=not arguments.no_measure), arguments)
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    report = _build(arguments, measure=True)
+    common = {
+        "model": arguments.model,
+        "inputs": [list(shape) for shape in arguments.shapes],
+        "dtype": str(arguments.dtype).removeprefix("torch."),
+        "target": arguments.target,
+    }
+    after = {"speedup": report.speedup, "environment": dict(report.environment)}
+    for timing in report.timings:
+        print(json.dumps({**common, **dataclasses.asdict(timing), **after}))
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from fxsparse import demo
+
+    demo.run(arguments.out, arguments.seed, arguments.quick)
+
+
+def _build(arguments: argparse.Namespace, measure: bool) -> fxsparse.Report:
+    with progress():
+        model, masks, inputs = _load(arguments)
+        return fxsparse.compile(
+            model, masks, arguments.target, example_inputs=inputs, verify=arguments.verify, measure=measure
+        ).report
+
+
+def _load(arguments: argparse.Namespace) -> tuple[nn.Module, fxsparse.Masks | None, tuple[Tensor, ...]]:
+    if not arguments.shapes:
+        raise InputError(
+            "--input",
+            expected="the shape of each input of the model",
+            got="none",
+            do="For one picture: --input 1,3,224,224",
+        )
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    masks = None if arguments.masks is None else fxsparse.Masks.load(arguments.masks)
+    model = load.load_model(arguments.model)
+    if arguments.weights is not None:
+        load.load_weights(model, arguments.weights)
+    return model.to(arguments.dtype), masks, load.random_inputs(arguments.shapes, arguments.dtype)
+
+
+def _write(report: fxsparse.Report, arguments: argparse.Namespace) -> None:
+    print(report)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+    if arguments.html is not None:
+        report.to_html(arguments.html)
+
+
+def _output_file(text: str) -> Path:
+    """A path that can be written to, found out before the minutes of work rather than after."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"output file {text!r}", expected="a path in a folder that exists or can be made",
+            got=f"{type(error).__name__}: {error.strerror}", do="Name another file.",
+        ) from None  # fmt: skip
+    if path.is_dir():
+        raise InputError(
+            f"output file {text!r}", expected="a file", got="a folder", do=f"{text.rstrip('/')}/report, say."
+        )
+    return path
+
+
+def _threads(text: str) -> int:
+    return _whole_number("--threads", text, least=1)
+
+
+def _seed(text: str) -> int:
+    return _whole_number("--seed", text, least=0)
+
+
+def _whole_number(flag: str, text: str, least: int) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise InputError(
+            flag, expected=f"a whole number from {least} on", got=repr(text), do=f"For example: {flag} {least}"
+        )
+    return int(text)

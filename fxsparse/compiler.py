@@ -1,0 +1,305 @@
+"""compile() and plan(): capture -> passes -> lower -> verify -> measure."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import os
+import platform
+from collections.abc import Mapping
+from datetime import date
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fxsparse.backend import Target, find_target
+from fxsparse.contest import Contest, contest
+from fxsparse.errors import InputError, TargetError, near
+from fxsparse.explain import Layer, layers_of, parameters_after, rows_of
+from fxsparse.ir.capture import capture, masked_output
+from fxsparse.ir.decision import Plan
+from fxsparse.ir.graph import clone, erase_unused, flat
+from fxsparse.ir.masks import Masks
+from fxsparse.measure import LayerTimes, cpu_name
+from fxsparse.module import Build, SparseModule, memory_format
+from fxsparse.passes import PIPELINE, Context, name_of
+from fxsparse.passes import run as run_passes
+from fxsparse.report import Report
+from fxsparse.verify import Reference, check, probe, reference
+
+log = logging.getLogger("fxsparse")
+
+MaskSource = Masks | Mapping[str, Tensor] | str | os.PathLike[str] | None
+_REPRODUCE = "Please report it: run fxsparse.compile(..., target='eager', verify='each') to name the pass."
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    target: Target
+    dynamic_batch: bool
+    verify: str
+    measure: bool
+    cache_dir: str | os.PathLike[str] | None
+
+
+@dataclasses.dataclass
+class _Rewritten:
+    """A model after the passes, and everything the report wants to know about it."""
+
+    dense: fx.GraphModule
+    gm: fx.GraphModule
+    plan: Plan
+    layers: list[Layer]
+    ctx: Context
+    reference: Reference | None
+
+
+def compile(
+    model: nn.Module,
+    masks: MaskSource = None,
+    target: str = "inductor",
+    *,
+    example_inputs: tuple[Any, ...] | Tensor | None = None,
+    dynamic_batch: bool = True,
+    formats: str = "auto",
+    verify: str = "end",
+    measure: bool = True,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> SparseModule:
+    """The masked model as a module that computes the same function, faster. `model` is not modified.
+
+    masks           Masks, a dict by parameter name (bool, uint8 or float 0/1), a .safetensors path, or None: then zeros
+                    in the weights and torch.nn.utils.prune masks are found
+    target          "inductor" (default) or "eager"
+    example_inputs  positional inputs with the batch in dimension 0; None: compile at the first call
+    dynamic_batch   accept any batch size
+    formats         "auto": how the remaining weights are stored; there is one choice as yet, dense
+    verify          "end": compare with the masked model once; "each": after every pass, naming the one that broke it;
+                    "off"
+    measure         time the result against the best dense build, and return that build when it is faster
+    cache_dir       folder for measured layer times; None keeps them in memory only
+    Raises MaskError, InputError, CaptureError, TargetError or VerificationError, each with the way out.
+    """
+    options = _Options(_checked(target, formats, verify), dynamic_batch, verify, measure, cache_dir)
+    _check_cache_dir(cache_dir)
+    found = _as_masks(masks).check(_checked_model(model))
+    module = SparseModule(functools.partial(_compile_inputs, model, found, options))
+    return module if example_inputs is None else module.prepare(_checked_inputs(example_inputs))
+
+
+@torch.inference_mode(False)  # the analysis differentiates
+def plan(
+    model: nn.Module,
+    masks: MaskSource = None,
+    example_inputs: tuple[Any, ...] | Tensor | None = None,
+    *,
+    target: str = "inductor",
+) -> Report:
+    """A dry run: what `compile` would remove, what it would not, and why. Builds and times nothing.
+
+    Arguments and errors as for `compile`; example inputs are needed, since shapes decide what can be removed.
+    """
+    options = _Options(_checked(target, "auto", "off"), True, "off", False, None)
+    if example_inputs is None:
+        raise InputError("example_inputs of plan", expected="a tuple of inputs", got="None",
+                         do="A dry run needs shapes: plan(model, masks, (torch.randn(1, 3, 224, 224),)).")  # fmt: skip
+    inputs = _checked_inputs(example_inputs)
+    found = _as_masks(masks).check(_checked_model(model))
+    rewritten = _rewrite(model, found, inputs, options)
+    return dataclasses.replace(_report(rewritten, model, found, inputs, options), chosen="not measured")
+
+
+def _compile_inputs(model: nn.Module, masks: Masks, options: _Options, inputs: tuple[Any, ...]) -> Build:
+    return _build(model, masks, _checked_inputs(inputs), options)
+
+
+@torch.inference_mode(False)  # the analysis differentiates
+def _build(model: nn.Module, masks: Masks, inputs: tuple[Any, ...], options: _Options) -> Build:
+    rewritten = _rewrite(model, masks, inputs, options)
+    report = _report(rewritten, model, masks, inputs, options)
+    leaves, in_spec = pytree.tree_flatten(inputs)
+    won = contest(rewritten.dense, rewritten.gm, leaves, options.target, measure=options.measure)
+    verification = _verify(rewritten, won, options)
+    report = dataclasses.replace(report, verification=verification, **won.for_report())
+    out_spec = _out_spec(rewritten.gm)
+    return Build(won.gm, leaves, in_spec, out_spec, options.target, won.run, report, options.dynamic_batch, won.prepare)
+
+
+def _rewrite(model: nn.Module, masks: Masks, inputs: tuple[Any, ...], options: _Options) -> _Rewritten:
+    """Capture, and run the passes on a graph of our own."""
+    log.info("capture")
+    gm = capture(model, inputs, masks, dynamic_batch=options.dynamic_batch)
+    erase_unused(gm)
+    plan = run_passes(gm, PIPELINE[:1], Context())  # canonicalize is no rewriting: the dense builds get it too
+    dense, layers = clone(gm), layers_of(gm)
+    leaves, in_spec = pytree.tree_flatten(inputs)
+    ref = None
+    if options.verify != "off":
+        ref = reference(flat(dense), probe(leaves))
+        own = masked_output(model, masks, pytree.tree_unflatten(ref.inputs, in_spec))
+        check(pytree.tree_leaves(own), ref, "captured graph", "torch.export changed the model: please report it.")
+    times = LayerTimes(options.cache_dir, _batch(leaves))
+    if options.measure:
+        log.info("time layers")
+        for layer in layers:
+            layer.dense_us = times(layer.node, *layer.shape[:2]) * 1e6
+    ctx = Context(time_layer=times if options.measure else None)
+    plan += run_passes(gm, PIPELINE[1:], ctx, _after_each(gm, ref, options))
+    if options.measure:
+        _time_again(gm, layers, times)
+        times.save()
+    return _Rewritten(dense, gm, plan, layers, ctx, ref)
+
+
+def _time_again(gm: fx.GraphModule, layers: list[Layer], times: LayerTimes) -> None:
+    alive = set(gm.graph.nodes)
+    for layer in layers:
+        if layer.node in alive:
+            weight = layer.node.args[1].meta["val"]  # type: ignore[union-attr]
+            layer.sparse_us = times(layer.node, *weight.shape[:2]) * 1e6
+
+
+def _after_each(gm: fx.GraphModule, ref: Reference | None, options: _Options) -> Any:
+    def check_pass(step: ModuleType) -> None:
+        if options.verify == "each" and ref is not None:
+            with torch.no_grad():
+                check(flat(gm)(*ref.inputs), ref, f"pass {name_of(step)}", "The pass is wrong: please report it.")
+
+    return check_pass
+
+
+def _verify(rewritten: _Rewritten, won: Contest, options: _Options) -> str:
+    """The graph in eager, at the example's batch and at another one; then what will really run."""
+    ref = rewritten.reference
+    if ref is None:
+        return "not verified (verify='off')"
+    log.info("verify")
+    with torch.no_grad():
+        check(flat(rewritten.gm)(*ref.inputs), ref, "rewritten graph", _REPRODUCE)
+        if options.dynamic_batch:
+            other = reference(flat(rewritten.dense), probe(ref.inputs, batch=_batch(ref.inputs) + 1, seed=1))
+            check(flat(rewritten.gm)(*other.inputs), other, "rewritten graph at another batch size", _REPRODUCE)
+        return check(won.run(*won.prepare(ref.inputs)), ref, f"target {options.target.name!r}",
+                     "The graph was right before lowering: try target='eager', and please report it.")  # fmt: skip
+
+
+def _report(rewritten: _Rewritten, model: nn.Module, masks: Masks, inputs: Any, options: _Options) -> Report:
+    ctx = rewritten.ctx
+    assert ctx.facts is not None  # shrink_channels ran
+    assert ctx.layout is not None
+    rows = rows_of(rewritten.gm, rewritten.layers, ctx.facts, ctx.layout, rewritten.plan)
+    return Report(
+        target=options.target.name,
+        decisions=rewritten.plan.decisions,
+        rows=tuple(rows),
+        params_before=sum(p.numel() for p in model.parameters()),
+        params_after=parameters_after(rewritten.gm),
+        macs_before=sum(r.macs_before for r in rows),
+        macs_after=sum(r.macs_after for r in rows),
+        environment=environment(inputs),
+        masks=masks or Masks.from_zeros(model),
+    )
+
+
+def environment(inputs: Any) -> dict[str, str]:
+    """What a number depends on: versions, machine, threads, shapes, date."""
+    tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
+    device = tensors[0].device if tensors else torch.device("cpu")
+    return {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "threads": str(torch.get_num_threads()),
+        "inputs": ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in tensors),
+        "date": date.today().isoformat(),
+    }
+
+
+def _checked(target: str, formats: str, verify: str) -> Target:
+    for name, value, known in (("formats", formats, ("auto",)), ("verify", verify, ("end", "each", "off"))):
+        if value not in known:
+            raise InputError(f"{name}={value!r}", expected=f"one of {', '.join(map(repr, known))}",
+                             got=type(value).__name__ if not isinstance(value, str) else repr(value),
+                             do=near(str(value), known) or f"Leave {name} at its default.")  # fmt: skip
+    if not isinstance(target, str):
+        raise TargetError(f"target {target!r}", expected="the name of a target", got=type(target).__name__,
+                          do="Pass target='inductor', the default.")  # fmt: skip
+    return find_target(target)
+
+
+def _checked_model(model: object) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise InputError("model", expected="a torch.nn.Module", got=type(model).__name__,
+                         do="Pass the module itself, not its state dict or a function.")  # fmt: skip
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if nn.parameter.is_lazy(tensor):
+            raise InputError(f"parameter {name!r}", expected="a value", got="a lazy one that has none yet",
+                             do="Run the model once, then compile it.")  # fmt: skip
+        if tensor.is_inference():
+            raise InputError(f"tensor {name!r} of the model", expected="an ordinary tensor",
+                             got="one made under torch.inference_mode(), which torch.export refuses",
+                             do="Build or load the model outside of torch.inference_mode().")  # fmt: skip
+        if tensor.is_meta:
+            raise InputError(f"tensor {name!r} of the model", expected="values", got="the meta device, which has none",
+                             do="Load the weights first: model.to_empty(device='cpu'), load_state_dict.")  # fmt: skip
+    return model
+
+
+def _checked_inputs(inputs: object) -> tuple[Any, ...]:
+    if isinstance(inputs, Tensor):
+        inputs = (inputs,)
+    if not isinstance(inputs, (tuple, list)) or not any(isinstance(x, Tensor) for x in pytree.tree_leaves(inputs)):
+        raise InputError("example_inputs", expected="a tuple of positional inputs with at least one tensor",
+                         got=type(inputs).__name__, do="For one image: (torch.randn(1, 3, 224, 224),).")  # fmt: skip
+    for x in pytree.tree_leaves(inputs):
+        if isinstance(x, Tensor) and 0 in x.shape:
+            raise InputError("example_inputs", expected="at least one sample and no empty dimension",
+                             got=f"a tensor of shape {tuple(x.shape)}",
+                             do="Compile with one sample; the result then accepts any batch size, 0 too.")  # fmt: skip
+    dense: tuple[Any, ...] = pytree.tree_map(_dense, tuple(inputs))
+    return dense
+
+
+@torch.inference_mode(False)
+def _dense(x: Any) -> Any:
+    """Contiguous or channels_last, and not an inference tensor: what torch.export and Inductor take."""
+    if not isinstance(x, Tensor):
+        return x
+    return (x.clone() if x.is_inference() else x).contiguous(memory_format=memory_format(x))
+
+
+def _check_cache_dir(cache_dir: str | os.PathLike[str] | None) -> None:
+    if cache_dir is None:
+        return
+    try:
+        os.makedirs(cache_dir, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cache_dir={os.fspath(cache_dir)!r}", expected="a folder that can be written",
+                         got=f"{type(error).__name__}: {error.strerror}",
+                         do="Choose another folder, or leave cache_dir out.") from None  # fmt: skip
+
+
+def _as_masks(masks: MaskSource) -> Masks:
+    if masks is None or isinstance(masks, Masks):
+        return masks or Masks()
+    if isinstance(masks, (str, os.PathLike)):
+        return Masks.load(masks)
+    if not isinstance(masks, Mapping):
+        raise InputError("masks", expected="Masks, a dict by parameter name, a path or None", got=type(masks).__name__,
+                         do="For zeros that are already in the weights, leave masks out.")  # fmt: skip
+    return Masks(masks)
+
+
+def _batch(leaves: Any) -> int:
+    return next((x.shape[0] for x in leaves if isinstance(x, Tensor) and x.dim()), 1)
+
+
+def _out_spec(gm: fx.GraphModule) -> pytree.TreeSpec:
+    info = getattr(gm.graph._codegen, "pytree_info", None)
+    assert info is not None  # torch.export always records it
+    spec: pytree.TreeSpec = info.out_spec
+    return spec

@@ -1,0 +1,122 @@
+"""Never slower: the rewritten build against the best dense build, in turns; the faster one is returned."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxsparse.backend import TARGETS, Target
+from fxsparse.backend.target import Runnable
+from fxsparse.ir.graph import clone, get_tensor, set_tensor
+from fxsparse.measure import Runs, play_off
+from fxsparse.report import Timing
+
+log = logging.getLogger("fxsparse")
+
+Prepare = Callable[[Sequence[Any]], Sequence[Any]]
+
+
+@dataclass
+class _Build:
+    name: str
+    gm: fx.GraphModule
+    run: Runnable
+    prepare: Prepare
+
+
+@dataclass
+class Contest:
+    """The build to return, and the timings that chose it (none when nothing was measured)."""
+
+    gm: fx.GraphModule
+    run: Runnable
+    prepare: Prepare
+    chosen: str
+    timings: tuple[Timing, ...] = ()
+    dense_ms: float | None = None
+    sparse_ms: float | None = None
+    spread: tuple[float | None, float | None] = field(default=(None, None))
+
+    def for_report(self) -> dict[str, Any]:
+        """The fields of a Report that come from here."""
+        return {
+            "chosen": self.chosen, "timings": self.timings, "dense_ms": self.dense_ms, "sparse_ms": self.sparse_ms,
+            "speedup_low": self.spread[0], "speedup_high": self.spread[1],
+        }  # fmt: skip
+
+
+def contest(
+    dense: fx.GraphModule, sparse: fx.GraphModule, inputs: Sequence[Any], target: Target, *, measure: bool
+) -> Contest:
+    """Lower `sparse`; with `measure` also every dense build, time them, and pick the fastest."""
+    log.info("lower (%s)", target.name)
+    ours = _Build(f"sparse: {target.name}", sparse, target.lower(sparse, inputs), _as_is)
+    if not measure:
+        return Contest(ours.gm, ours.run, ours.prepare, "sparse")
+    rivals = dense_builds(dense, inputs, target)
+    log.info("measure")
+    builds = {b.name: b for b in [ours, *rivals]}
+    runs = play_off({ours.name: _call(ours, inputs)}, {b.name: _call(b, inputs) for b in rivals})
+    best = runs.fastest([b.name for b in rivals])
+    ratios = runs.ratios(best, ours.name)
+    faster = ratios[len(ratios) // 2] >= 1.0
+    won = ours if faster else builds[best]
+    return Contest(
+        won.gm, won.run, won.prepare, "sparse" if faster else "dense", _timings(runs), runs.median(best),
+        runs.median(ours.name), (ratios[len(ratios) // 5], ratios[len(ratios) * 4 // 5]),
+    )  # fmt: skip
+
+
+def dense_builds(dense: fx.GraphModule, inputs: Sequence[Any], target: Target) -> list[_Build]:
+    """The masked model, not rewritten: eager and on the target, contiguous and channels_last."""
+    targets = [TARGETS["eager"]] + ([target] if target.name != "eager" else [])
+    formats: list[tuple[str, fx.GraphModule, Prepare]] = [("contiguous", dense, _as_is)]
+    if any(n.op == "get_attr" and get_tensor(dense, str(n.target)).dim() == 4 for n in dense.graph.nodes):
+        formats.append(("channels_last", _channels_last(dense), _inputs_channels_last))
+    builds = []
+    for t in targets:
+        for name, gm, prepare in formats:
+            log.info("lower dense (%s, %s)", t.name, name)
+            builds.append(_Build(f"{t.name}, {name}", gm, t.lower(gm, prepare(inputs)), prepare))
+    return builds
+
+
+def _call(build: _Build, inputs: Sequence[Any]) -> Callable[[], object]:
+    prepared = build.prepare(inputs)  # outside the timing: the dense builds get their favourite format for nothing
+
+    def run() -> object:
+        with torch.no_grad():
+            return build.run(*prepared)
+
+    return run
+
+
+def _timings(runs: Runs) -> tuple[Timing, ...]:
+    return tuple(
+        Timing(name, runs.median(name), runs.quantile(name, 0.2), runs.quantile(name, 0.8), len(ms))
+        for name, ms in runs.ms.items()
+    )
+
+
+def _as_is(inputs: Sequence[Any]) -> Sequence[Any]:
+    return inputs
+
+
+def _inputs_channels_last(inputs: Sequence[Any]) -> Sequence[Any]:
+    return [_convert(x) for x in inputs]
+
+
+def _convert(x: Any) -> Any:
+    return x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.dim() == 4 else x
+
+
+def _channels_last(gm: fx.GraphModule) -> fx.GraphModule:
+    copy = clone(gm)
+    for target in {str(n.target) for n in copy.graph.nodes if n.op == "get_attr"}:
+        set_tensor(copy, target, _convert(get_tensor(copy, target)))
+    return copy

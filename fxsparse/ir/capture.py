@@ -1,0 +1,208 @@
+"""A model becomes a flat graph of functional ATen: torch.export, then `run_decompositions({})`.
+
+Composites (conv2d, linear, layer_norm, scaled_dot_product_attention) stay whole, weights are get_attr nodes under the
+user's own names, `meta["val"]` holds fake tensors and `nn_module_stack` the module paths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fxsparse.errors import CaptureError, InputError
+from fxsparse.ir.graph import arg, aten, clone, get_tensor, has_attribute, operator_name, owner, set_tensor
+from fxsparse.ir.masks import Masks
+
+
+def capture(model: nn.Module, args: tuple[Any, ...], masks: Masks, *, dynamic_batch: bool) -> fx.GraphModule:
+    """The graph of `model` with every masked weight set to zero. The model itself is not touched.
+
+    args           example inputs, positional; tensors have the batch in dimension 0
+    dynamic_batch  leave that dimension symbolic
+    Raises CaptureError when torch.export cannot follow the model, InputError when the inputs do not fit it.
+    """
+    with _untouched(model):
+        program = _export(model, args, dynamic_batch)
+        _refuse_side_effects(program, model)
+    known = "check_guards" in inspect.signature(program.module).parameters
+    module = program.module(check_guards=False) if known else program.module()
+    _refuse_subgraphs(module, model)
+    gm = clone(module)
+    _drop_assertions(gm)
+    _refuse_random(gm, model)
+    _own(gm)
+    _apply(gm, masks, model)
+    _run_once(gm, model, args, dynamic_batch)
+    return gm
+
+
+def masked_output(model: nn.Module, masks: Masks, args: tuple[Any, ...]) -> Any:
+    """What the user's own module gives with its masked weights at zero. The module is left as it was."""
+    parameters = dict(model.named_parameters())
+    zeroed = {n: parameters[n].detach().masked_fill(~m.to(parameters[n].device), 0) for n, m in masks.items()}
+    with _untouched(model), torch.no_grad():
+        return torch.func.functional_call(model, zeroed, args)
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; afterwards every module has its own attributes back.
+
+    Tracing runs the model's hooks on fake tensors: torch.nn.utils.prune and weight_norm would leave theirs behind.
+    """
+    before = [(module, dict(module.__dict__)) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, attributes in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+
+
+def _export(model: nn.Module, args: tuple[Any, ...], dynamic_batch: bool) -> torch.export.ExportedProgram:
+    shapes = None
+    if dynamic_batch:
+        args = pytree.tree_map(_two_or_more, args)
+        batch = torch.export.Dim("batch", min=1)
+        shapes = torch.export.ShapesCollection()  # by tensor, whatever the signature (*args, dicts)
+        for x in pytree.tree_leaves(args):
+            if isinstance(x, Tensor) and x.dim():
+                shapes[x] = {0: batch}
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The tensor attributes? self", UserWarning)  # `_untouched` restores them
+            program = torch.export.export(model, args, dynamic_shapes=shapes, strict=False)
+            flat: torch.export.ExportedProgram = program.run_decompositions({})
+            return flat
+    except Exception as error:  # noqa: BLE001 - whatever torch.export raises becomes our error, with its text
+        raise _explain(model, args, error, dynamic_batch) from None
+
+
+def _two_or_more(x: Any) -> Any:
+    # torch.export takes a size of 1 (or 0) in the example for a constant of the model
+    return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == 1 else x
+
+
+def _explain(model: nn.Module, args: tuple[Any, ...], error: Exception, dynamic_batch: bool) -> Exception:
+    """InputError for a model that does not run on its inputs; CaptureError for one that runs and cannot be exported."""
+    name = type(model).__name__
+    try:
+        with torch.no_grad():
+            model(*args)
+    except Exception as cause:  # noqa: BLE001 - the model is the user's: it may raise anything
+        return InputError(
+            f"example_inputs for {name}",
+            expected="inputs the model itself accepts",
+            got=f"{_describe(args)}, and model(*example_inputs) raises {type(cause).__name__}: {_first_line(cause)}",
+            do="Pass one tuple of positional inputs, as in model(*example_inputs).",
+        )
+    advice = "Rewrite the part named above without data-dependent Python, or compile the submodules that export."
+    if dynamic_batch and any(hint in str(error) for hint in ("batch", ".size()[0]", ".shape[0]")):
+        advice = "If the model only works at one batch size, pass dynamic_batch=False. " + advice
+    got = f"{type(error).__name__}: {_first_line(error)}"
+    return _cannot(model, "a model that torch.export can follow (strict=False)", got, advice)
+
+
+def _cannot(model: nn.Module, expected: str, got: str, do: str) -> CaptureError:
+    return CaptureError(f"capture of {type(model).__name__}", expected=expected, got=got, do=do)
+
+
+def _refuse_side_effects(program: torch.export.ExportedProgram, model: nn.Module) -> None:
+    """A graph that writes to its buffers or inputs gives another result at the next run: nothing could be compared."""
+    signature = program.graph_signature
+    written = [*signature.buffers_to_mutate.values(), *getattr(signature, "parameters_to_mutate", {}).values()]
+    if written:
+        raise _cannot(model, "a forward without side effects", f"one that changes {', '.join(map(repr, written))}",
+                      "Compute the new value without storing it, or keep the state outside of the model.")  # fmt: skip
+    if signature.user_inputs_to_mutate:
+        names = ", ".join(map(repr, signature.user_inputs_to_mutate.values()))
+        raise _cannot(model, "a forward without side effects", f"one that writes to its input {names}",
+                      "Begin with x = x.clone(), or use the operator that is not in-place.")  # fmt: skip
+
+
+def _refuse_subgraphs(gm: nn.Module, model: nn.Module) -> None:
+    for node in gm.graph.nodes:  # type: ignore[union-attr]
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            raise _cannot(model, "one flat graph", f"the control flow operator {node.target}",
+                          "Compile the submodules around it, or write both branches and torch.where.")  # fmt: skip
+
+
+def _refuse_random(gm: fx.GraphModule, model: nn.Module) -> None:
+    for node in gm.graph.nodes:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and _draws(node):
+            got = f"the random operator {operator_name(node)} in {owner(node)}"
+            raise _cannot(
+                model,
+                "a model whose output depends on its input alone",
+                got,
+                "Draw the numbers outside and pass them in; F.dropout needs training=self.training.",
+            )
+
+
+def _run_once(gm: fx.GraphModule, model: nn.Module, args: tuple[Any, ...], dynamic_batch: bool) -> None:
+    """Fake tensors let some wrong dtypes pass that the kernels refuse."""
+    try:
+        with torch.no_grad():
+            gm(*args)
+    except Exception as error:  # noqa: BLE001 - whatever the model's operators raise
+        with _untouched(model):
+            explained = _explain(model, args, error, dynamic_batch)
+        raise explained from None
+
+
+def _draws(node: fx.Node) -> bool:
+    """Dropout and its kin draw nothing at inference or with probability 0."""
+    names = {p.name for p in node.target._schema.arguments}  # type: ignore[union-attr]
+    training = [bool(arg(node, n)) for n in ("train", "training") if n in names]
+    probability = [arg(node, n) for n in ("p", "dropout_p", "dropout") if n in names]
+    return all(training) and not (probability and probability[0] in (0, None))
+
+
+def _own(gm: fx.GraphModule) -> None:
+    """Copies of all tensors, tied ones still tied.
+
+    An optimizer step or load_state_dict on the user's model writes in place, and must not reach the result.
+    """
+    copies: dict[tuple[object, ...], Tensor] = {}
+    for target in {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}:
+        tensor = get_tensor(gm, target)
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+        if key not in copies:
+            copies[key] = tensor.detach().clone()
+        set_tensor(gm, target, copies[key])
+
+
+def _describe(args: tuple[Any, ...]) -> str:
+    shapes = [f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__ for x in args]
+    return "(" + ", ".join(shapes) + ")"
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else "(no message)"
+
+
+def _drop_assertions(gm: fx.GraphModule) -> None:
+    for node in list(gm.graph.nodes):
+        if node.target is aten._assert_tensor_metadata.default:
+            gm.graph.erase_node(node)
+
+
+def _apply(gm: fx.GraphModule, masks: Masks, model: nn.Module) -> None:
+    """Store masked copies under the graph's own names; a tied parameter may carry any of its names here."""
+    aliases: Mapping[int, str] = {id(p): n for n, p in model.named_parameters()}
+    every = dict(model.named_parameters(remove_duplicate=False))
+    for target in {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}:
+        parameter = every.get(target)
+        name = aliases.get(id(parameter), target) if parameter is not None else target
+        if name in masks and parameter is not None and has_attribute(gm, target):
+            weight = parameter.detach()
+            set_tensor(gm, target, weight.masked_fill(~masks[name].to(weight.device), 0))

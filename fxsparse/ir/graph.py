@@ -1,0 +1,200 @@
+"""Small helpers every pass uses: tensors of a graph, arguments by their schema name, owners, fake shapes."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+aten = torch.ops.aten
+
+
+def get_tensor(gm: fx.GraphModule, name: str) -> Tensor:
+    """The parameter or buffer `name` ("layer1.0.conv1.weight") of `gm`."""
+    module: Any = gm
+    for part in name.split("."):
+        module = getattr(module, part)
+    return cast(Tensor, module)
+
+
+def has_attribute(gm: nn.Module, name: str) -> bool:
+    """Whether the dotted path `name` exists in `gm`."""
+    module: Any = gm
+    for part in name.split("."):
+        if not hasattr(module, part):
+            return False
+        module = getattr(module, part)
+    return True
+
+
+def set_tensor(gm: nn.Module, name: str, tensor: Tensor) -> None:
+    """Store `tensor` as buffer `name`, making the modules on the way. What was there is replaced, not written to."""
+    *path, leaf = name.split(".")
+    module: nn.Module = gm
+    for part in path:
+        if not hasattr(module, part):
+            module.add_module(part, nn.Module())
+        module = cast(nn.Module, getattr(module, part))
+    if hasattr(module, leaf):
+        delattr(module, leaf)
+    module.register_buffer(leaf, tensor.detach())
+
+
+def free_name(gm: nn.Module, name: str) -> str:
+    """`name`, or `name_1`, `name_2` ... when it is taken."""
+    candidate, i = name, 0
+    while has_attribute(gm, candidate):
+        i += 1
+        candidate = f"{name}_{i}"
+    return candidate
+
+
+def weight_of(gm: fx.GraphModule, node: object) -> Tensor | None:
+    """The tensor of a get_attr node; None for any other node or value."""
+    return get_tensor(gm, str(node.target)) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+
+def new_weight(gm: fx.GraphModule, before: fx.Node, name: str, tensor: Tensor) -> fx.Node:
+    """A get_attr node for a new tensor, inserted before `before`; it carries the provenance of its user."""
+    name = free_name(gm, name)
+    set_tensor(gm, name, tensor)
+    with gm.graph.inserting_before(before):
+        node = gm.graph.get_attr(name)
+    if "nn_module_stack" in before.meta:
+        node.meta["nn_module_stack"] = before.meta["nn_module_stack"]
+    return node
+
+
+def replace_weight(gm: fx.GraphModule, node: fx.Node, tensor: Tensor) -> None:
+    """Give the get_attr `node` another tensor. A name that other nodes read too is left alone: a new one is taken."""
+    name = str(node.target)
+    if any(n is not node and n.op == "get_attr" and n.target == name for n in gm.graph.nodes):
+        name = free_name(gm, name)
+        node.target = name
+    set_tensor(gm, name, tensor)
+
+
+def arg(node: fx.Node, name: str) -> Any:
+    """The argument called `name` in the operator's schema, its default when it was not given.
+
+    Raises KeyError when the schema has no such argument.
+    """
+    schema = cast(Any, node.target)._schema
+    for i, parameter in enumerate(schema.arguments):
+        if parameter.name == name:
+            if name in node.kwargs:
+                return node.kwargs[name]
+            return node.args[i] if not parameter.kwarg_only and i < len(node.args) else parameter.default_value
+    raise KeyError(f"{node.target} has no argument {name!r}")
+
+
+def set_arg(node: fx.Node, name: str, value: Any) -> None:
+    """Set the argument called `name` in the operator's schema, filling defaults before it."""
+    arguments = cast(Any, node.target)._schema.arguments
+    index = next(i for i, parameter in enumerate(arguments) if parameter.name == name)
+    if name in node.kwargs or arguments[index].kwarg_only:
+        node.kwargs = {**node.kwargs, name: value}
+        return
+    args = list(node.args)
+    args += [parameter.default_value for parameter in arguments[len(args) : index + 1]]
+    args[index] = value
+    node.args = tuple(args)
+
+
+def owner(node: fx.Node) -> str:
+    """Path of the module that made the node ("layer1.0.conv1"), the node's own name at the top level."""
+    stack = list(node.meta.get("nn_module_stack", {}).values())
+    path = str(stack[-1][0]) if stack else ""
+    path = re.sub(r"^[LG]\['[^']+'\]\.?|@\d+$", "", re.sub(r"\._modules\['([^']+)'\]", r".\1", path)).strip(".")
+    return path or node.name
+
+
+def operator_name(node: fx.Node) -> str:
+    """`conv2d` for aten.conv2d.default, the Python name for other callables, the op for the rest."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return node.target._schema.name.split("::")[-1]
+    return str(getattr(node.target, "__name__", node.op))
+
+
+def erase_unused(gm: fx.GraphModule) -> None:
+    """Drop nodes nobody reads (placeholders stay: they are the signature), and tensors no node reads."""
+    gm.graph.eliminate_dead_code()
+    used = {str(n.target) for n in gm.graph.nodes if n.op == "get_attr"}
+    for path, module in list(gm.named_modules()):
+        for leaf in [*module._parameters, *module._buffers]:
+            if f"{path}.{leaf}".lstrip(".") not in used:
+                delattr(module, leaf)
+    gm.recompile()
+
+
+def clone(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph module of its own: fresh nodes (meta kept), fresh module tree, the same tensors.
+
+    No export hooks and no tracer class come along, only the tensors the graph reads.
+    """
+    graph, copies = fx.Graph(), cast("dict[fx.Node, fx.Node]", {})
+    for node in gm.graph.nodes:
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+    graph.set_codegen(copy.deepcopy(gm.graph._codegen))
+    root = nn.Module()
+    for node in graph.nodes:
+        if node.op == "get_attr" and not has_attribute(root, str(node.target)):
+            set_tensor(root, str(node.target), get_tensor(gm, str(node.target)))
+    return fx.GraphModule(root, graph).eval()
+
+
+def refresh(gm: fx.GraphModule) -> None:
+    """Propagate fake shapes again after a rewrite: updates meta["val"], and a wrong shape raises, without data.
+
+    Symbolic sizes stay symbolic; weights get their new static shapes.
+    """
+    mode = next(v.fake_mode for n in gm.graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode"))
+    flat = _flat(gm)
+    inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
+    with mode, torch.no_grad():
+        _Refresh(flat, lambda t: mode.from_tensor(t, static_shapes=True)).run(*inputs)
+    for node, fresh in zip(gm.graph.nodes, flat.graph.nodes, strict=True):
+        if "val" in fresh.meta:
+            node.meta["val"] = fresh.meta["val"]
+    gm.recompile()
+
+
+class _Refresh(fx.Interpreter):
+    def __init__(self, gm: fx.GraphModule, fake: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(gm)
+        self.fake = fake
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.fake(get_tensor(cast(fx.GraphModule, self.module), target))
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op != "output":
+            n.meta["val"] = value
+        return value
+
+
+def _flat(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same nodes with a plain argument list: no pytrees of the user's signature."""
+    flat = clone(gm)
+    flat.graph.set_codegen(fx.graph.CodeGen())
+    flat.recompile()
+    return flat
+
+
+def flat(gm: fx.GraphModule) -> fx.GraphModule:
+    """A clone that takes the flattened inputs and returns the flattened outputs, as back ends want it."""
+    result = _flat(gm)
+    for node in result.graph.nodes:
+        if "val" in node.meta:  # torch 2.11 looks for the symbolic sizes here only
+            node.meta["example_value"] = node.meta["val"]
+    return result
+
+
+def call_nodes(gm: fx.GraphModule, *targets: object) -> Iterator[fx.Node]:
+    """Nodes that call one of `targets`; a snapshot, so the graph may be changed while iterating."""
+    yield from [n for n in gm.graph.nodes if n.op == "call_function" and n.target in targets]

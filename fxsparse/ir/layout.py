@@ -1,0 +1,122 @@
+"""Which indices of every dimension of every value are kept.
+
+Keeping an index that nobody needs is always exact, so a layout only ever grows: rules add what an operator needs, and
+the smallest layout that satisfies all of them is the one to cut to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, fx
+
+from fxsparse.ir.bits import any_along
+
+NEEDED = 0  # the cause of an index that some output really depends on
+
+
+class Layout:
+    """Kept indices per (node, dimension), and why each one is kept.
+
+    kept    bool [size] per dimension, True = kept
+    cause   int64 [size] per dimension, position in `causes` of what first asked for the index
+    """
+
+    def __init__(self, shapes: Mapping[fx.Node, Iterable[int]]) -> None:
+        self.kept = {n: [torch.zeros(size, dtype=torch.bool) for size in shape] for n, shape in shapes.items()}
+        self.cause = {n: [torch.zeros(len(k), dtype=torch.int64) for k in kept] for n, kept in self.kept.items()}
+        self.causes = ["needed"]
+        self.tied: set[frozenset[tuple[fx.Node, int]]] = set()
+        self.changed = False
+
+    def shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Sizes before cutting."""
+        return tuple(len(k) for k in self.kept[node])
+
+    def new_shape(self, node: fx.Node) -> tuple[int, ...]:
+        """Sizes after cutting."""
+        return tuple(int(k.sum()) for k in self.kept[node])
+
+    def full(self, node: fx.Node, dim: int) -> bool:
+        """Whether nothing is cut from this dimension."""
+        return bool(self.kept[node][dim].all())
+
+    def indices(self, node: fx.Node, dim: int) -> Tensor:
+        """The kept indices, int64, ascending."""
+        return self.kept[node][dim].nonzero().flatten()
+
+    def grow(self, node: fx.Node, dim: int, mask: Tensor, cause: int | Tensor | str = NEEDED) -> None:
+        """Keep the indices in `mask` too (bool [size])."""
+        new = mask.to("cpu") & ~self.kept[node][dim]
+        if not new.any():
+            return
+        if isinstance(cause, str):
+            cause = self._number(cause)
+        self.kept[node][dim] |= new
+        self.cause[node][dim][new] = cause[new] if isinstance(cause, Tensor) else cause
+        self.changed = True
+
+    def pin(self, node: fx.Node, cause: str, dims: Iterable[int] | None = None) -> None:
+        """Keep everything along `dims` (all dimensions by default)."""
+        for dim in range(len(self.kept[node])) if dims is None else dims:
+            self.grow(node, dim, torch.ones_like(self.kept[node][dim]), cause)
+
+    def tie(self, a: fx.Node, dim_a: int, b: fx.Node, dim_b: int, cause: str) -> None:
+        """The two dimensions have the same kept indices. What one gives the other keeps its cause."""
+        dim_a, dim_b = dim_a % len(self.kept[a]), dim_b % len(self.kept[b])
+        self.tied.add(frozenset(((a, dim_a), (b, dim_b))))
+        for source, i, target, j in ((a, dim_a, b, dim_b), (b, dim_b, a, dim_a)):
+            if bool((self.kept[source][i] & ~self.kept[target][j]).any()):
+                self.grow(target, j, self.kept[source][i], self._inherit(source, i, cause))
+
+    def rectangle(self, node: fx.Node) -> Tensor:
+        """Bool of the node's full shape: the elements that stay."""
+        shape = self.shape(node)
+        mask = torch.ones((), dtype=torch.bool)
+        for dim, kept in enumerate(self.kept[node]):
+            mask = mask & kept.view([-1 if d == dim else 1 for d in range(len(shape))])
+        return mask.expand(shape)
+
+    def grow_elements(self, node: fx.Node, elements: Tensor, cause: str) -> None:
+        """Keep the smallest rectangle that holds `elements` (bool of the node's full shape)."""
+        for dim in range(elements.dim()):
+            others = [d for d in range(elements.dim()) if d != dim]
+            self.grow(node, dim, any_along(elements, others), cause)
+
+    def why(self, node: fx.Node, dim: int, among: Tensor | None = None) -> dict[str, int]:
+        """How many indices (of those in `among`, bool [size]) are kept for each cause other than being needed."""
+        kept, cause = self.kept[node][dim], self.cause[node][dim]
+        kept = kept if among is None else kept & among
+        numbers, counts = cause[kept & (cause != NEEDED)].unique(return_counts=True)
+        return {self.causes[n]: c for n, c in zip(numbers.tolist(), counts.tolist(), strict=True)}
+
+    def spaces(self) -> list[set[tuple[fx.Node, int]]]:
+        """Dimensions forced to share one channel numbering, grouped."""
+        parent: dict[tuple[fx.Node, int], tuple[fx.Node, int]] = {}
+
+        def find(x: tuple[fx.Node, int]) -> tuple[fx.Node, int]:
+            while parent.setdefault(x, x) != x:
+                parent[x] = parent[parent[x]]
+                x = parent[x]
+            return x
+
+        for pair in self.tied:
+            first, *rest = pair
+            for other in rest:
+                parent[find(first)] = find(other)
+        groups: dict[tuple[fx.Node, int], set[tuple[fx.Node, int]]] = {}
+        for member in list(parent):
+            groups.setdefault(find(member), set()).add(member)
+        return list(groups.values())
+
+    def _inherit(self, node: fx.Node, dim: int, cause: str) -> Tensor:
+        own = self.cause[node][dim]
+        return torch.where(own == NEEDED, self._number(cause), own) if cause else own
+
+    def _number(self, cause: str) -> int:
+        if not cause:
+            return NEEDED
+        if cause not in self.causes:
+            self.causes.append(cause)
+        return self.causes.index(cause)

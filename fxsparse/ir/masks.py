@@ -1,0 +1,172 @@
+"""Masks: which weights exist. One bool per weight, True = kept."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fxsparse.errors import MaskError, near
+
+_SUGGEST_FLOAT = "A mask is one bool per weight, True = kept; 0/1 in uint8 or float is also read."
+
+
+class Masks(Mapping[str, Tensor]):
+    """Mapping from parameter name to a bool tensor of the parameter's shape, True = kept.
+
+    Values may be given as bool, any integer dtype or floating 0/1; they are stored as bool and copied, so later
+    changes to the caller's tensors do not reach in here. Raises MaskError on anything that is not 0 or 1.
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor] | None = None) -> None:
+        self._masks = {name: _as_bool(name, mask) for name, mask in (masks or {}).items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __repr__(self) -> str:
+        return f"Masks({len(self)} parameters, sparsity {self.sparsity():.3f})"
+
+    def __eq__(self, other: object) -> bool:
+        """Equal names and equal bits. (Comparing dicts of tensors would raise.)"""
+        if not isinstance(other, Masks):
+            return NotImplemented
+        return self.keys() == other.keys() and all(torch.equal(m, other[n]) for n, m in self.items())
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def sparsity(self, name: str | None = None) -> float:
+        """Fraction of zeros, of one mask or of all of them together. 0.0 when there are no masks."""
+        chosen = [self[name]] if name is not None else list(self._masks.values())
+        total = sum(m.numel() for m in chosen)
+        return 1.0 - sum(int(m.sum()) for m in chosen) / total if total else 0.0
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Masks:
+        """Read a .safetensors file of masks. Raises MaskError when it is missing, damaged or not safetensors."""
+        try:
+            return cls(load_file(Path(path)))
+        except (OSError, ValueError, SafetensorError) as error:
+            raise MaskError(
+                f"masks file {os.fspath(path)!r}",
+                expected="a readable .safetensors file, one mask per parameter name",
+                got=f"{type(error).__name__}: {error}",
+                do="Write one with fxsparse.Masks(...).save(path). Pickled files are not read: they can run code.",
+            ) from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a .safetensors file (uint8, 1 = kept), whole or not at all."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        name = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
+        try:
+            save_file({n: m.to(torch.uint8).contiguous() for n, m in self.items()}, name)
+            os.replace(name, target)
+        except BaseException:
+            name.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def from_zeros(cls, model: nn.Module) -> Masks:
+        """Masks from the zeros already in the weights: every parameter that holds at least one zero.
+
+        -0.0 is a zero (multiplying a negative weight by a mask leaves one); 1e-30 is not.
+        """
+        return cls({n: p.detach() != 0 for n, p in model.named_parameters() if bool((p == 0).any())})
+
+    @classmethod
+    def from_prune(cls, model: nn.Module) -> Masks:
+        """Masks that torch.nn.utils.prune left: the buffers `<name>_mask` beside parameters `<name>_orig`.
+
+        They are keyed by the parameter the model really has: `conv.weight_orig`.
+        """
+        parameters = dict(model.named_parameters())
+        masks = {}
+        for name, buffer in model.named_buffers():
+            original = name.removesuffix("_mask") + "_orig"
+            if name.endswith("_mask") and original in parameters:
+                masks[original] = buffer
+        return cls(masks)
+
+    def check(self, model: nn.Module) -> Masks:
+        """These masks, keyed by the names `model.named_parameters()` uses; MaskError when one does not fit.
+
+        Other names of a tied parameter, and `conv.weight` for a pruned `conv.weight_orig`, are accepted.
+        """
+        return Masks(dict(_matched(self._masks, model)))
+
+    def apply_(self, model: nn.Module) -> None:
+        """Zero the masked weights of `model` in place. Raises MaskError when a mask does not fit."""
+        parameters = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, mask in self.check(model).items():
+                parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
+
+
+def _as_bool(name: str, mask: Tensor) -> Tensor:
+    if not isinstance(name, str):
+        raise MaskError(f"mask for {name!r}", expected="a parameter name", got=type(name).__name__,
+                        do="Use the names of model.named_parameters().")  # fmt: skip
+    if not isinstance(mask, Tensor):
+        raise MaskError(f"mask for {name!r}", expected="a tensor", got=type(mask).__name__, do=_SUGGEST_FLOAT)
+    if mask.is_meta or mask.layout is not torch.strided:
+        got = "a tensor without data (meta device)" if mask.is_meta else f"layout {mask.layout}"
+        raise MaskError(f"mask for {name!r}", expected="a dense tensor", got=got, do=_SUGGEST_FLOAT)
+    if mask.dtype == torch.bool:
+        return mask.detach().clone()
+    if mask.is_complex():
+        raise MaskError(f"mask for {name!r}", expected="bool, integer or float", got=str(mask.dtype), do=_SUGGEST_FLOAT)
+    wrong = (mask != 0) & (mask != 1)
+    if bool(wrong.any()):
+        raise MaskError(
+            f"mask for {name!r}",
+            expected="only 0 and 1",
+            got=f"{mask.dtype} with {int(wrong.sum())} other values, the first {mask[wrong][0].item():g}",
+            do=_SUGGEST_FLOAT + " Weights are not a mask: use mask = weight != 0.",
+        )
+    return mask.detach() != 0
+
+
+def _matched(masks: Mapping[str, Tensor], model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    parameters = dict(model.named_parameters())
+    own_name = {id(p): n for n, p in parameters.items()}
+    every = dict(model.named_parameters(remove_duplicate=False))
+    seen: dict[str, str] = {}
+    for given, mask in masks.items():
+        parameter = every.get(given, every.get(f"{given}_orig"))
+        if parameter is None:
+            raise MaskError(
+                f"mask for {given!r}",
+                expected=f"the name of one of the model's {len(parameters)} parameters",
+                got="a name the model does not have",
+                do=near(given, every) or f"Its names look like {next(iter(every), '(none)')!r}.",
+            )
+        if mask.shape != parameter.shape:
+            raise MaskError(
+                f"mask for {given!r}",
+                expected=f"the parameter's shape {tuple(parameter.shape)}",
+                got=str(tuple(mask.shape)),
+                do="A mask is one bool per weight. To keep whole rows: mask[:, None, None, None].expand_as(weight).",
+            )
+        name = own_name[id(parameter)]
+        if name in seen:
+            raise MaskError(
+                f"mask for {given!r}",
+                expected="one mask per parameter",
+                got=f"a second one: {seen[name]!r} is the same tensor",
+                do="Give the mask of a tied parameter once.",
+            )
+        seen[name] = given
+        yield name, mask

@@ -1,0 +1,218 @@
+"""Timing: interleaved runs of several builds, medians and spread; single layers for choosing widths.
+
+Builds take turns (A B C, A B C ...), so a machine that slows down slows all of them; the ratio of two builds is the
+median over rounds of their ratio within a round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from fxsparse.ir.graph import arg, aten
+
+ROUNDS = (6, 60)  # at least, at most
+QUALIFYING_ROUNDS = (1, 3)
+QUALIFYING_SECONDS = 3.0
+SLOW_MS = 250.0  # a run that long streams more than any cache holds: running it once more first changes nothing
+CLOSE = 1.15  # a rival that far behind the fastest rival after the first rounds is not timed further
+SECONDS = 6.0  # stop after this long once the least number of rounds is done
+
+
+Build = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Milliseconds per build, one entry per round; builds that were dropped early have fewer."""
+
+    ms: Mapping[str, Sequence[float]]
+
+    def median(self, build: str) -> float:
+        return statistics.median(self.ms[build])
+
+    def quantile(self, build: str, q: float) -> float:
+        return _quantile(self.ms[build], q)
+
+    def fastest(self, builds: Sequence[str]) -> str:
+        """The build with the smallest median, among those that were timed to the end."""
+        rounds = max(len(self.ms[b]) for b in builds)
+        return min((b for b in builds if len(self.ms[b]) == rounds), key=self.median)
+
+    def ratios(self, a: str, b: str) -> list[float]:
+        """A / b, round by round, sorted."""
+        return sorted(x / y for x, y in zip(self.ms[a], self.ms[b], strict=True))
+
+
+def _quantile(values: Sequence[float], q: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
+
+
+def play_off(ours: Mapping[str, Build], rivals: Mapping[str, Build], seconds: float = SECONDS) -> Runs:
+    """Time `ours` in turns with those `rivals` that have a chance to be the fastest rival.
+
+    Rivals that a few rounds among themselves show to be far behind keep those few.
+    """
+    first = interleave(rivals, QUALIFYING_SECONDS, QUALIFYING_ROUNDS)
+    limit = CLOSE * first.median(first.fastest(list(rivals)))
+    last = {name: build for name, build in rivals.items() if first.median(name) <= limit}
+    return Runs({**first.ms, **interleave({**ours, **last}, seconds).ms})
+
+
+def interleave(builds: Mapping[str, Build], seconds: float = SECONDS, bounds: tuple[int, int] = ROUNDS) -> Runs:
+    """Time `builds` in turns. Waits for the GPU where there is one."""
+    warm_ms = {name: min(_time_ms(run) for _ in range(2)) for name, run in builds.items()}
+    ms: dict[str, list[float]] = {name: [] for name in builds}
+    stop = time.perf_counter() + seconds
+    for rounds in range(bounds[1]):
+        if rounds >= bounds[0] and time.perf_counter() > stop:
+            break
+        names = list(builds) if rounds % 2 == 0 else list(builds)[::-1]  # no build always follows the same one
+        for name in names:
+            if warm_ms[name] < SLOW_MS:
+                builds[name]()  # its weights are back in the caches, as for whoever calls it again and again
+            ms[name].append(_time_ms(builds[name]))
+    return Runs(ms)
+
+
+def _time_ms(run: Callable[[], object]) -> float:
+    _synchronize()
+    start = time.perf_counter()
+    run()
+    _synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+class LayerTimes:
+    """Seconds of one convolution or linear layer at any widths, remembered on disk.
+
+    The file is keyed by machine, torch version and threads, written whole under a temporary name and then renamed; one
+    that cannot be read is started anew. On a CPU the layer runs as Inductor would run it: oneDNN with packed weights.
+    """
+
+    def __init__(self, cache_dir: str | os.PathLike[str] | None, batch: int) -> None:
+        self.path = Path(cache_dir) / f"layer-times-{_machine_key()}.json" if cache_dir is not None else None
+        self.batch = batch
+        self.seconds = self._load()
+
+    def __call__(self, node: fx.Node, rows: int, columns: int) -> float:
+        """Seconds for `node` with a weight of `rows` x `columns` (x taps), at the batch given."""
+        case = _Case.of(node, rows, columns, self.batch)
+        key = str(case.key)
+        if key not in self.seconds:
+            self.seconds[key] = case.measure_s()
+        return self.seconds[key]
+
+    def save(self) -> None:
+        """Write what was measured, merged with what other processes wrote meanwhile."""
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=".layer-times-")
+        with os.fdopen(handle, "w") as file:
+            json.dump({**self._load(), **self.seconds}, file)
+        os.replace(name, self.path)
+
+    def _load(self) -> dict[str, float]:
+        try:
+            found = json.loads(self.path.read_text()) if self.path is not None else {}
+        except (OSError, ValueError):
+            return {}
+        good = isinstance(found, dict) and all(isinstance(v, float) for v in found.values())
+        return cast("dict[str, float]", found) if good else {}
+
+
+@dataclass(frozen=True)
+class _Case:
+    key: tuple[Any, ...]
+    run: Callable[[], object]
+
+    def measure_s(self) -> float:
+        """The fastest of some runs: one layer is short, and what disturbs it only ever adds."""
+        times: list[float] = []
+        self.run()
+        stop = time.perf_counter() + 0.02
+        while len(times) < 5 or (time.perf_counter() < stop and len(times) < 50):
+            times.append(_time_ms(self.run) * 1e-3)
+        return min(times)
+
+    @staticmethod
+    def of(node: fx.Node, rows: int, columns: int, batch: int) -> _Case:
+        val = cast(fx.Node, node.args[0]).meta["val"]
+        weight = cast(fx.Node, node.args[1]).meta["val"]
+        shape = [size if isinstance(size, int) else batch for size in val.shape]
+        if node.target is aten.linear.default:
+            shape[-1] = columns
+            w = torch.ones(rows, columns, dtype=weight.dtype, device=weight.device)
+            x = torch.ones(shape, dtype=weight.dtype, device=weight.device)
+            return _Case(("linear", tuple(shape), rows, str(weight.dtype)), _linear(x, w))
+        return _convolution(node, shape, weight, rows, columns)
+
+
+def _linear(x: Tensor, w: Tensor) -> Callable[[], object]:
+    return lambda: torch.nn.functional.linear(x, w)
+
+
+def _convolution(node: fx.Node, shape: list[int], weight: Tensor, rows: int, columns: int) -> _Case:
+    groups = cast(int, arg(node, "groups"))
+    channel = len(shape) - weight.dim() + 1
+    if groups > 1:
+        groups = max(1, rows * groups // weight.shape[0])
+    shape[channel] = columns * groups
+    taps = list(weight.shape[2:])
+    w = torch.ones([rows, columns, *taps], dtype=weight.dtype, device=weight.device)
+    x = torch.ones(shape, dtype=weight.dtype, device=weight.device)
+    settings = [arg(node, name) for name in ("stride", "padding", "dilation")]
+    key = ("conv", tuple(shape), rows, tuple(taps), str(settings), groups, str(weight.dtype), str(weight.device))
+    return _Case(key, _packed(x, w, settings, groups) or _eager(node, x, w, settings, groups))
+
+
+def _eager(node: fx.Node, x: Tensor, w: Tensor, settings: list[Any], groups: int) -> Callable[[], object]:
+    call = cast(Callable[..., object], node.target)
+    return lambda: call(x, w, None, *settings, groups)
+
+
+def _packed(x: Tensor, w: Tensor, settings: list[Any], groups: int) -> Callable[[], object] | None:
+    """OneDNN with packed weights in channels_last, as Inductor calls it; None where oneDNN has no such kernel."""
+    usable = x.device.type == "cpu" and x.dim() == 4 and x.dtype in (torch.float32, torch.bfloat16)
+    if not usable or isinstance(settings[1], str) or not torch.backends.mkldnn.is_available():
+        return None
+    stride, padding, dilation = ([s, s] if isinstance(s, int) else list(s) * (2 // len(s)) for s in settings)
+    x = x.to(memory_format=torch.channels_last)
+    reorder = cast(Any, torch._C._nn).mkldnn_reorder_conv2d_weight
+    with torch.no_grad():
+        packed = reorder(w.to_mkldnn(), padding, stride, dilation, groups, list(x.shape))
+    call = torch.ops.mkldnn._convolution_pointwise.default
+    return lambda: call(x, packed, None, padding, stride, dilation, groups, "none", [], "")
+
+
+def _machine_key() -> str:
+    facts = (platform.processor(), cpu_name(), torch.__version__, torch.get_num_threads())
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def cpu_name() -> str:
+    """The processor's own name, as the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,208 @@
+"""What `compile` returns."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fxsparse.backend import Target
+from fxsparse.backend.target import Runnable
+from fxsparse.errors import InputError
+from fxsparse.ir.graph import flat
+from fxsparse.report import Report
+
+log = logging.getLogger("fxsparse")
+
+_COMPILING = threading.RLock()  # torch.export traces through the model itself: one thread at a time
+
+
+@dataclass
+class Build:
+    """A compiled model.
+
+    gm        the graph that was lowered, with the user's own signature
+    example   flattened inputs it was built for
+    run       flattened inputs -> flattened outputs, for the example's batch size
+    prepare   applied to the flattened inputs first (a memory format)
+    """
+
+    gm: fx.GraphModule
+    example: Sequence[Any]
+    in_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec
+    target: Target
+    run: Runnable
+    report: Report
+    dynamic_batch: bool
+    prepare: Callable[[Sequence[Any]], Sequence[Any]] = lambda inputs: inputs
+    any_batch: Runnable | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        self.prepared = self.prepare(self.example)
+        self.storages = {b.untyped_storage().data_ptr() for b in self.gm.buffers() if b.numel()}
+
+
+class SparseModule(nn.Module):
+    """The masked model, compiled. For inference: `forward` runs without gradients.
+
+    report        what was done to every weight and what it gained
+    graph_module  the rewritten graph, an ordinary fx.GraphModule that runs anywhere
+
+    Inputs have the shapes and dtypes it was compiled for; with `dynamic_batch` dimension 0 is free. The example's batch
+    size runs code made for it; the first other one makes code for any batch (once, a few seconds).
+    Without example inputs it is compiled at the first call, from the model as it is then.
+    """
+
+    def __init__(self, build: Callable[[tuple[Any, ...]], Build]) -> None:
+        super().__init__()
+        self._make: Callable[[tuple[Any, ...]], Build] | None = build
+        self._build: Build | None = None
+        super().train(False)
+
+    def prepare(self, example_inputs: tuple[Any, ...]) -> SparseModule:
+        """Compile now, for inputs like these."""
+        with _COMPILING:
+            if self._make is not None:
+                self._build = self._make(example_inputs)
+                self._make = None  # lets go of the user's model
+        return self
+
+    @property
+    def report(self) -> Report:
+        return self._built("report").report
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        return self._built("graph_module").gm
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The masked model's outputs, in its own structure."""
+        if kwargs:
+            raise InputError("call of a SparseModule", expected="positional inputs, as in example_inputs",
+                             got=f"keywords {sorted(kwargs)}", do="Pass them by position.")  # fmt: skip
+        build = self._build or self.prepare(args)._built("forward")
+        inputs = self._leaves(build, args)
+        with torch.no_grad():
+            if _check_inputs(build, inputs):
+                outputs = build.run(*_laid_out(build.prepare(inputs), build.prepared))
+            else:
+                outputs = self._any_batch(build, inputs)(*_laid_out(inputs, build.example))
+            outputs = [_unaliased(y, build, inputs) for y in outputs]
+        return pytree.tree_unflatten(outputs, build.out_spec)
+
+    def _leaves(self, build: Build, args: tuple[Any, ...]) -> Sequence[Any]:
+        if len(args) == len(build.example) and all(isinstance(x, Tensor) for x in args) and _is_flat(build.in_spec):
+            return args
+        try:
+            return build.in_spec.flatten_up_to(args)  # by name: a dict may have its keys in another order
+        except ValueError as error:
+            raise _misfit("inputs nested as in example_inputs", str(error)) from None
+
+    def train(self, mode: bool = True) -> SparseModule:
+        """Only evaluation: raises InputError for `mode=True`."""
+        if mode:
+            raise InputError("train() of a SparseModule", expected="evaluation mode", got="training mode",
+                             do="Train the original model under its masks, then compile it again.")  # fmt: skip
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseModule:
+        """A module of its own that shares the compiled code, which nothing changes."""
+        copied = SparseModule(copy.deepcopy(self._make, memo)) if self._make is not None else SparseModule(_made)
+        copied._build, copied._make = self._build, copied._make if self._build is None else None
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Compiled code belongs to this process. Raises InputError once there is some."""
+        if self._build is not None:
+            raise InputError("pickle of a SparseModule", expected="a module that was not compiled yet",
+                             got="generated code, which belongs to this process",
+                             do="Save the model and its masks (Masks.save), and compile where it runs.")  # fmt: skip
+        return self.__dict__
+
+    def _built(self, what: str) -> Build:
+        if self._build is None:
+            raise InputError(f"SparseModule.{what}", expected="a compiled module", got="one that was never called",
+                             do="Pass example_inputs to fxsparse.compile, or call the module once.")  # fmt: skip
+        return self._build
+
+    def _any_batch(self, build: Build, inputs: Sequence[Any]) -> Runnable:
+        if 0 in (x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim()):
+            return flat(build.gm)  # generated code may not like empty loops; nothing is to be gained here
+        with _COMPILING:
+            if build.any_batch is None:
+                log.info("lower (%s, any batch size)", build.target.name)
+                build.any_batch = build.target.lower_dynamic(build.gm)
+        return build.any_batch
+
+
+def _made(inputs: tuple[Any, ...]) -> Build:
+    raise AssertionError("compiled already")
+
+
+def _check_inputs(build: Build, inputs: Sequence[Any]) -> bool:
+    """True when the inputs have the example's batch size. Raises InputError when they do not fit otherwise."""
+    same, batches = True, set()
+    for x, example in zip(inputs, build.example, strict=True):
+        if not isinstance(example, Tensor):
+            if isinstance(x, Tensor) or x != example:
+                raise _misfit(f"{example!r}, as in example_inputs", repr(x))
+            continue
+        if not isinstance(x, Tensor) or x.dtype != example.dtype or x.device != example.device:
+            raise _misfit(_describe(example), _describe(x))
+        if build.dynamic_batch and x.dim():
+            batches.add(x.shape[0])
+        if x.shape != example.shape:
+            if not build.dynamic_batch or x.dim() != example.dim() or x.shape[1:] != example.shape[1:]:
+                raise _misfit(_describe(example) + (", any batch size" if build.dynamic_batch else ""), _describe(x))
+            same = False
+    if len(batches) > 1:  # every dimension 0 of the example is the batch: code for one would read past the other
+        raise _misfit("one batch size in all inputs", f"batch sizes {sorted(batches)}")
+    return same
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """channels_last where `x` already is, contiguous for all else."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    wanted = formats.get(x.dim())
+    last = wanted is not None and not x.is_contiguous() and x.is_contiguous(memory_format=wanted)
+    return wanted if last and wanted is not None else torch.contiguous_format
+
+
+def _laid_out(inputs: Sequence[Any], like: Sequence[Any]) -> Sequence[Any]:
+    """Inputs in the memory formats the code was made for; Inductor's reads by stride."""
+    return [
+        x.contiguous(memory_format=memory_format(y)) if isinstance(x, Tensor) and isinstance(y, Tensor) else x
+        for x, y in zip(inputs, like, strict=True)
+    ]
+
+
+def _is_flat(spec: pytree.TreeSpec) -> bool:
+    return all(child.is_leaf() for child in spec.children())
+
+
+def _unaliased(y: Any, build: Build, inputs: Sequence[Any]) -> Any:
+    """A copy where an output shares memory with an input or a weight, once x + 0 is x: writing to it must be safe."""
+    if not isinstance(y, Tensor) or not y.numel():
+        return y
+    storage = y.untyped_storage().data_ptr()
+    shared = storage in build.storages or any(
+        isinstance(x, Tensor) and x.untyped_storage().data_ptr() == storage for x in inputs
+    )
+    return y.clone() if shared else y
+
+
+def _misfit(expected: str, got: str) -> InputError:
+    do = "Compile again with example_inputs of the new shape and dtype; one SparseModule serves one signature."
+    return InputError("input of a SparseModule", expected=expected, got=got, do=do)
+
+
+def _describe(x: Any) -> str:
+    return f"{x.dtype} {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__

@@ -1,0 +1,375 @@
+"""What a run did to every weight, why, and what it gained: as data, a table, JSON or a page."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from tabulate import tabulate
+
+from fxsparse.ir.decision import Decision
+from fxsparse.ir.masks import Masks
+
+_WIDTH = 138  # characters in a line of the table
+_NAME_WIDTH = 24
+_REASONS_SHOWN = 12
+_COLLAPSE_ABOVE = 8  # so many untouched weights are still shown one by one
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight that a convolution or linear reads: its size before and after, and why no more was removed.
+
+    density       kept weights / all, by the mask and the zeros
+    kept_for      why dead rows or columns stay: "rounding (5 rows)"
+    blocked_by    the first op that stopped removal, or None
+    macs_*        for one sample
+    *_us          this layer alone; None when it was not timed
+    kept_rows     indices that stay, for the pictures; None when not recorded
+    """
+
+    name: str
+    op: str
+    shape: tuple[int, ...]
+    new_shape: tuple[int, ...]
+    density: float
+    rows_removed: int
+    columns_removed: int
+    kept_for: tuple[str, ...]
+    blocked_by: str | None
+    params_before: int
+    params_after: int
+    macs_before: int
+    macs_after: int
+    dense_us: float | None = None
+    sparse_us: float | None = None
+    kept_rows: tuple[int, ...] | None = None
+    kept_columns: tuple[int, ...] | None = None
+
+    @property
+    def untouched(self) -> bool:
+        """Nothing was removed, nothing dead was kept and nothing stood in the way."""
+        removed = self.rows_removed or self.columns_removed or self.params_after != self.params_before
+        return not (removed or self.kept_for or self.blocked_by)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One build, timed in interleaved pairs with the others: median, 20th and 80th percentile of `runs` runs."""
+
+    build: str
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    runs: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """The decisions of a run and what they gained. `str()` is a table, `to_dict()` JSON, `to_html()` a page.
+
+    dense_ms, sparse_ms    the best dense build, and ours; None when not measured
+    speedup_low, _high     spread of the paired ratio dense / sparse
+    chosen                 "sparse"; "dense" when the rewritten build was slower; "not measured" for a dry run
+    environment            torch, python, cpu, threads, date, shapes: what the numbers depend on
+    masks                  for the pictures of `to_html`; not part of the JSON
+    """
+
+    target: str
+    decisions: tuple[Decision, ...]
+    rows: tuple[Row, ...]
+    params_before: int
+    params_after: int
+    macs_before: int
+    macs_after: int
+    timings: tuple[Timing, ...] = ()
+    dense_ms: float | None = None
+    sparse_ms: float | None = None
+    speedup_low: float | None = None
+    speedup_high: float | None = None
+    verification: str = ""
+    chosen: str = "sparse"
+    environment: Mapping[str, str] = field(default_factory=dict)
+    masks: Masks | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def speedup(self) -> float | None:
+        """dense_ms / sparse_ms, or None when one of them was not measured."""
+        return self.dense_ms / self.sparse_ms if self.dense_ms is not None and self.sparse_ms else None
+
+    @property
+    def verdict(self) -> str:
+        """What is returned to the user and why, in one sentence."""
+        if self.chosen == "not measured":
+            return "Not measured: a dry run builds nothing and times nothing."
+        speed = _speed(self)
+        if self.chosen == "dense":
+            slower = "slower" if self.speedup is None or self.speedup < 1 else "no faster"
+            return f"The dense build is returned: the rewritten one was measured {slower}{speed and f', {speed}'}."
+        return f"The rewritten build is returned{speed and f': {speed}'}."
+
+    def __str__(self) -> str:
+        parts = (_heading(self), _weights(self.rows), _totals(self), _timings(self.timings), _decisions(self))
+        environment = ", ".join(f"{key} {value}" for key, value in self.environment.items())
+        return "\n\n".join(part for part in (*parts, _wrap(environment)) if part)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values under the fields' own names, for `json.dumps`. Masks and the decisions' data are left out."""
+        plain = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "masks"}
+        return {**plain, "speedup": self.speedup, "verdict": self.verdict}
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write one self-contained page, whole or not at all; missing folders are made.
+
+        Raises InputError when `path` is a folder, or lies below something that is not one.
+        """
+        from fxsparse.report_html import write_page  # here, because the page is made of this module's data
+
+        write_page(self, path)
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Refusals of one pass that differ only in numbers: `why` is the first one's."""
+
+    step: str
+    why: str
+    decisions: tuple[Decision, ...]
+
+    @property
+    def alike(self) -> bool:
+        """Their sentences are not all the same."""
+        return any(d.why != self.why for d in self.decisions)
+
+
+def reasons(decisions: Iterable[Decision]) -> list[Reason]:
+    """The refusals grouped by pass and reason, the most frequent first."""
+    groups: dict[tuple[str, str], list[Decision]] = {}
+    for d in decisions:
+        if not d.accepted:
+            groups.setdefault((d.step, re.sub(r"\d+", "#", d.why)), []).append(d)
+    found = [Reason(step, group[0].why, tuple(group)) for (step, _), group in groups.items()]
+    return sorted(found, key=lambda reason: -len(reason.decisions))
+
+
+def accepted_by_pass(decisions: Iterable[Decision]) -> dict[str, int]:
+    """How many decisions each pass took and carried out, in the order the passes ran."""
+    return dict(Counter(d.step for d in decisions if d.accepted))
+
+
+def count(n: float) -> str:
+    """Three significant digits and a unit: 11689512 is 11.7M."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if n >= 0.9995 * size:
+            return f"{n / size:.3g}{unit}"
+    return f"{n:.0f}"
+
+
+def duration(value: float | None) -> str:
+    """Three significant digits, never in powers of ten: 1234.5 is 1234, 1.2345 is 1.23. Empty for None."""
+    if value is None:
+        return ""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+
+
+def percent(after: float, before: float) -> str:
+    """What is left: 45%; never 0% or 100% when it is not exactly that. Empty when there was nothing."""
+    if not before:
+        return ""
+    share = round(100 * after / before)
+    if share == 0 and after:
+        return "<1%"
+    return ">99%" if share == 100 and after < before else f"{share}%"
+
+
+def shape_change(row: Row) -> str:
+    """`512x512x3x3 -> 390x411`; the kernel is written once when it stays, everything once when nothing changed."""
+    if row.new_shape == row.shape:
+        return _by(row.shape)
+    new = row.new_shape[:2] if row.new_shape[2:] == row.shape[2:] else row.new_shape
+    return f"{_by(row.shape)} -> {_by(new)}"
+
+
+def _by(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Decision):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name != "data"}
+    if dataclasses.is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _speed(report: Report) -> str:
+    if report.speedup is None:
+        return ""
+    text = f"{report.speedup:.2f} times the speed of the best dense build"
+    if report.speedup_low is None or report.speedup_high is None:
+        return text
+    return f"{text} ({report.speedup_low:.2f} to {report.speedup_high:.2f} in pairs)"
+
+
+def _heading(report: Report) -> str:
+    return f"fxsparse report, target {report.target}\n{_wrap(report.verdict)}"
+
+
+# the table of weights
+
+
+def _weights(rows: Sequence[Row]) -> str:
+    """One line or a few per weight. Untouched weights become a count when there are many."""
+    untouched = [row for row in rows if row.untouched]
+    collapsed = untouched if len(untouched) > _COLLAPSE_ABOVE else []
+    shown = [row for row in rows if not (collapsed and row.untouched)]
+    parts = [_table(_columns(shown))] if shown else []
+    if collapsed:
+        low, high = min(row.density for row in collapsed), max(row.density for row in collapsed)
+        parts.append(
+            f"{'and ' if shown else ''}{len(collapsed)} weights with nothing to remove and nothing in the way "
+            f"(density {low:.2f} to {high:.2f}, {count(sum(row.params_after for row in collapsed))} parameters)"
+        )
+    return "\n".join(parts)
+
+
+def _columns(rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Header to cells. Columns that would be empty are left out; the reasons take the width that is left."""
+    lines = 5 if len(rows) <= 40 else 1
+    names = short_names([row.name for row in rows], _NAME_WIDTH)
+    measured: dict[str, Callable[[Row], str]] = {
+        "density": lambda row: f"{row.density:.3f}",
+        "rows\nremoved": lambda row: str(row.rows_removed or ""),
+        "columns\nremoved": lambda row: str(row.columns_removed or ""),
+        "params": lambda row: f"{count(row.params_after)} {percent(row.params_after, row.params_before):>4}",
+        "MACs": lambda row: f"{count(row.macs_after)} {percent(row.macs_after, row.macs_before):>4}",
+        "dense\nus": lambda row: duration(row.dense_us),
+        "sparse\nus": lambda row: duration(row.sparse_us),
+    }
+    columns = {"weight": names, "shape -> new shape": [shape_change(row) for row in rows]}
+    columns |= {header: [cell(row) for row in rows] for header, cell in measured.items()}
+    columns = {header: cells for header, cells in columns.items() if any(cells)}
+    width = max(20, _WIDTH - sum(_cell_width([header, *cells]) + 2 for header, cells in columns.items()))
+    kept, blocked = any(row.kept_for for row in rows), any(row.blocked_by for row in rows)
+    if kept or blocked:
+        header = " / ".join(["kept for"] * kept + ["blocked by"] * blocked)
+        columns[header] = [_why(row, width, lines) for row in rows]
+    return columns
+
+
+def _why(row: Row, width: int, lines: int) -> str:
+    """The reasons, each from a new line; one after the other and without names when that is more than `lines`."""
+    full = [line for item in _reasons_of(row) for line in textwrap.wrap(item, width, subsequent_indent=" ")]
+    if len(full) <= lines:
+        return "\n".join(full)
+    return "\n".join(textwrap.wrap(", ".join(map(_in_brief, _reasons_of(row))), width))
+
+
+def _reasons_of(row: Row) -> list[str]:
+    return [*row.kept_for, *([f"blocked by {row.blocked_by}"] if row.blocked_by else [])]
+
+
+def _in_brief(reason: str) -> str:
+    """`coupled with layer1.0.conv2 by add (3 rows)` is `coupled (3 rows)`."""
+    return re.sub(r"^(\w+) .*(\(.*\))$", r"\1 \2", reason)
+
+
+def short_names(names: Sequence[str], width: int) -> list[str]:
+    """Names without `.weight`, folders abbreviated from the left until they fit; in full where two would be equal."""
+    short = {name: _short(name.removesuffix(".weight"), width) for name in names}
+    seen = Counter(short.values())
+    return [short[name] if seen[short[name]] == 1 else name for name in names]
+
+
+def _short(name: str, width: int) -> str:
+    """`features.denseblock3.layer24.conv2` is `f.d3.layer24.conv2`: first letters, with the digits behind them."""
+    parts = name.split(".")
+    for i, part in enumerate(parts[:-1]):
+        if len(".".join(parts)) > width:
+            parts[i] = re.sub(r"^(\D).*?(\d*)$", r"\1\2", part)
+    return ".".join(parts)
+
+
+def _cell_width(cells: Iterable[str]) -> int:
+    return max(len(line) for cell in cells for line in cell.split("\n"))
+
+
+def _table(columns: Mapping[str, Sequence[str]]) -> str:
+    """Text to the left, numbers to the right. The header is a row of the body: tabulate pads real headers by two."""
+    rule = ["-" * _cell_width([header, *cells]) for header, cells in columns.items()]
+    body = [list(columns), rule, *zip(*columns.values(), strict=True)]
+    left = ("weight", "shape", "kept", "blocked", "build", "pass", "reason", "first")
+    align = ["left" if header.startswith(left) else "right" for header in columns]
+    return str(tabulate(body, tablefmt="plain", colalign=align, disable_numparse=True))
+
+
+# the sentences below it
+
+
+def _totals(report: Report) -> str:
+    lines = [
+        _change("parameters", count(report.params_before), count(report.params_after))
+        + f" ({percent(report.params_after, report.params_before)})",
+        _change("MACs", count(report.macs_before), count(report.macs_after))
+        + f" ({percent(report.macs_after, report.macs_before)}), one sample",
+    ]
+    if report.dense_ms is not None and report.sparse_ms is not None:
+        lines.append(_change("time", f"{duration(report.dense_ms)} ms", f"{duration(report.sparse_ms)} ms"))
+    if report.verification:
+        lines.append(f"{'verified':<12}{report.verification}")
+    return "\n".join(lines)
+
+
+def _change(label: str, before: str, after: str) -> str:
+    return f"{label:<12}{before} -> {after}"
+
+
+def _timings(timings: Sequence[Timing]) -> str:
+    if not timings:
+        return ""
+    columns = {
+        "build": [t.build for t in timings],
+        "median ms": [duration(t.median_ms) for t in timings],
+        "p20 ms": [duration(t.p20_ms) for t in timings],
+        "p80 ms": [duration(t.p80_ms) for t in timings],
+        "runs": [str(t.runs) for t in timings],
+    }
+    return _table(columns)
+
+
+def _decisions(report: Report) -> str:
+    found = reasons(report.decisions)
+    accepted = accepted_by_pass(report.decisions)
+    refused = sum(len(reason.decisions) for reason in found)
+    by_pass = ", ".join(f"{step} {n}" for step, n in accepted.items())
+    lines = [_wrap(f"decisions accepted: {sum(accepted.values())}" + (f" ({by_pass})" if by_pass else ""))]
+    lines.append(f"decisions refused: {refused}" + (", by reason:" if refused else ""))
+    if found:
+        lines.append(_table(_reason_columns(found[:_REASONS_SHOWN])))
+    if hidden := found[_REASONS_SHOWN:]:
+        number = sum(len(reason.decisions) for reason in hidden)
+        lines.append(f"and {number} more for {len(hidden)} other reasons; report.decisions has them all")
+    return "\n".join(lines)
+
+
+def _reason_columns(found: Sequence[Reason]) -> dict[str, list[str]]:
+    columns = {
+        "refused": [str(len(reason.decisions)) for reason in found],
+        "pass": [reason.step for reason in found],
+        "first at": short_names([reason.decisions[0].where for reason in found], _NAME_WIDTH),
+    }
+    width = max(40, _WIDTH - sum(_cell_width([header, *cells]) + 2 for header, cells in columns.items()))
+    texts = [reason.why + (" (and alike)" if reason.alike else "") for reason in found]
+    return columns | {"reason": ["\n".join(textwrap.wrap(text, width)) for text in texts]}
+
+
+def _wrap(text: str) -> str:
+    return "\n".join(textwrap.wrap(text, _WIDTH))

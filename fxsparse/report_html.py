@@ -1,0 +1,523 @@
+"""The report as one page: no network, no scripts, inline SVG charts, PNG pictures of the masks in data URIs."""
+
+from __future__ import annotations
+
+import base64
+import os
+import struct
+import uuid
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fxsparse.errors import InputError
+from fxsparse.ir.decision import Plan
+from fxsparse.report import Report, Row, count, duration, percent, reasons, shape_change, short_names
+
+_PICTURES = 24
+_BARS = 40
+_COLLAPSE_ABOVE = 8
+_PIXELS = 160  # the longest side of a picture
+_MAGNIFY = 8  # a small picture is shown so many times larger, at most
+_KEPT = (37, 106, 210)
+_REMOVED = (226, 106, 46)
+
+
+def write_page(report: Report, path: str | os.PathLike[str]) -> None:
+    """Write the page to `path`, whole or not at all; missing folders are made. Raises InputError on a folder."""
+    target = Path(path)
+    where = f"report file {os.fspath(path)!r}"
+    if target.is_dir():
+        name = str(target / "report.html")
+        raise InputError(where, expected="the name of a file", got="a folder", do=f"Name a file in it: {name!r}.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        do = f"Something on the way to {str(target.parent)!r} is a file. Choose another folder."
+        raise InputError(where, expected="a file in a folder", got="a path through a file", do=do) from None
+    content = page(report).encode()
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")  # same folder: os.replace is then atomic
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def page(report: Report) -> str:
+    """The whole page as text."""
+    title = f"fxsparse report: {escape(report.target)}"
+    body = "\n".join(
+        [
+            f'<header><h1>fxsparse report</h1><span class="chip">target {escape(report.target)}</span></header>',
+            _verdict(report),
+            _tiles(report),
+            _section("Time of each build", _builds(report)),
+            _section("Time of each layer", _layers(report.rows)),
+            _section("Weights", _weights(report.rows)),
+            _section("Masks", _pictures(report)),
+            _section("Decisions", _decisions(report)),
+            _section("Measured on", _environment(report)),
+        ]
+    )
+    # The policy makes "no network" a property that the browser enforces.
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>{_STYLE}</style>
+</head>
+<body><main>
+{body}
+</main></body>
+</html>
+"""
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{title}</h2>\n{content}\n</section>" if content else ""
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{escape(text)}</p>'
+
+
+# headline
+
+
+def _verdict(report: Report) -> str:
+    kind = {"dense": "warn", "sparse": "good"}.get(report.chosen, "plain")
+    verified = f"<br><span>Verified: {escape(report.verification)}</span>" if report.verification else ""
+    return f'<p class="verdict {kind}">{escape(report.verdict)}{verified}</p>'
+
+
+def _tiles(report: Report) -> str:
+    tiles = []
+    whose = ", rewritten build" if report.chosen == "dense" else ""
+    if report.speedup is not None:
+        low, high = report.speedup_low, report.speedup_high
+        spread = f"{low:.2f} to {high:.2f} in pairs" if low is not None and high is not None else ""
+        tiles.append(
+            _tile(
+                "Speedup",
+                f"{report.speedup:.2f}<small>times</small>",
+                spread,
+                "hero" if report.speedup >= 1 else "hero slow",
+            )
+        )
+    if report.dense_ms is not None and report.sparse_ms is not None:
+        tiles.append(_before_after(f"Time{whose}", report.dense_ms, report.sparse_ms, lambda ms: f"{duration(ms)} ms"))
+    tiles.append(_before_after(f"Parameters{whose}", report.params_before, report.params_after, count))
+    tiles.append(_before_after(f"MACs, one sample{whose}", report.macs_before, report.macs_after, count))
+    return f'<div class="tiles">{"".join(tiles)}</div>'
+
+
+def _before_after(label: str, before: float, after: float, say: Callable[[float], str]) -> str:
+    share = min(100.0, 100 * after / before) if before else 100.0
+    detail = f"{percent(after, before)} of {say(before)}" if before else f"of {say(before)}"
+    return _tile(label, say(after), detail, meter=share)
+
+
+def _tile(label: str, value: str, detail: str, kind: str = "", meter: float | None = None) -> str:
+    """`value` is markup, `label` and `detail` are text."""
+    bar = "" if meter is None else f'<div class="meter"><i style="width:{meter:.1f}%"></i></div>'
+    return (
+        f'<div class="tile {kind}"><div class="label">{escape(label)}</div><div class="value">{value}</div>'
+        f'{bar}<div class="detail">{escape(detail)}</div></div>'
+    )
+
+
+# bars
+
+
+@dataclass(frozen=True)
+class _Bar:
+    kind: str  # "dense" or "sparse": its color
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class _Group:
+    label: str
+    title: str
+    bars: tuple[_Bar, ...]
+    note: str
+    slower: bool = False
+
+
+def _builds(report: Report) -> str:
+    groups = [
+        _Group(
+            label=timing.build,
+            title=f"{timing.build}: median of {timing.runs} runs",
+            bars=(_Bar(_kind(timing.build), timing.median_ms, timing.p20_ms, timing.p80_ms),),
+            note=f"{duration(timing.median_ms)} ms  ({duration(timing.p20_ms)} to {duration(timing.p80_ms)})",
+        )
+        for timing in report.timings
+    ]
+    if not groups:
+        return ""
+    runs = sorted({timing.runs for timing in report.timings})
+    said = str(runs[0]) if len(runs) == 1 else f"{runs[0]} to {runs[-1]}"
+    return _chart(groups, thick=16) + _note(f"Median of {said} interleaved runs; the line spans p20 to p80.")
+
+
+def _kind(build: str) -> str:
+    return "sparse" if build.startswith("sparse") else "dense"
+
+
+def _layers(rows: Sequence[Row]) -> str:
+    timed = [
+        (row, row.dense_us, row.sparse_us) for row in rows if row.dense_us is not None or row.sparse_us is not None
+    ]
+    if not timed:
+        return ""
+    largest = sorted(range(len(timed)), key=lambda i: -max(timed[i][1] or 0, timed[i][2] or 0))[:_BARS]
+    shown = [timed[i] for i in sorted(largest)]
+    labels = short_names([row.name for row, _, _ in shown], 30)
+    groups = [_layer(label, *item) for label, item in zip(labels, shown, strict=True)]
+    rest = len(timed) - len(shown)
+    said = f" The {rest} fastest layers are left out." if rest else ""
+    legend = '<p class="legend"><i class="dense"></i>dense <i class="sparse"></i>sparse</p>'
+    return legend + _chart(groups, thick=9) + _note(f"Each layer alone, in microseconds.{said}")
+
+
+def _layer(label: str, row: Row, dense: float | None, sparse: float | None) -> _Group:
+    bars = tuple(_Bar(kind, us) for kind, us in (("dense", dense), ("sparse", sparse)) if us is not None)
+    note = f"{duration(dense) or '-'} \N{RIGHTWARDS ARROW} {duration(sparse) or '-'} \N{MICRO SIGN}s"
+    if dense is not None and sparse:
+        note += f"  {dense / sparse:.2f}\N{MULTIPLICATION SIGN}"
+    slower = dense is not None and sparse is not None and sparse > dense
+    return _Group(label, row.name, bars, note, slower)
+
+
+def _chart(groups: Sequence[_Group], thick: int) -> str:
+    """Horizontal bars from zero, one scale for all. `thick` is the height of a bar in pixels."""
+    label, room, width = 236, 640, 1120
+    top = max((max(bar.value, bar.high or 0) for group in groups for bar in group.bars), default=0) or 1
+    parts, y = [], 6
+    for group in groups:
+        height = len(group.bars) * (thick + 2)
+        middle = y + height / 2 + 4
+        parts.append(f"<g><title>{escape(group.title)}</title>")
+        parts.append(f'<text x="{label - 12}" y="{middle:.0f}" class="name">{escape(group.label)}</text>')
+        parts += [_bar(bar, label, y + i * (thick + 2), room / top, thick) for i, bar in enumerate(group.bars)]
+        kind = "figure slow" if group.slower else "figure"
+        parts.append(f'<text x="{label + room + 14}" y="{middle:.0f}" class="{kind}">{escape(group.note)}</text></g>')
+        y += height + 8
+    axis = f'<line x1="{label}" x2="{label}" y1="2" y2="{y - 4}" class="axis"/>'
+    return f'<div class="wide"><svg viewBox="0 0 {width} {y}">{axis}{"".join(parts)}</svg></div>'
+
+
+def _bar(bar: _Bar, x: int, y: int, scale: float, thick: int) -> str:
+    drawn = f'<rect x="{x}" y="{y}" width="{max(1.0, bar.value * scale):.1f}" height="{thick}" class="{bar.kind}"/>'
+    if bar.low is None or bar.high is None:
+        return drawn
+    low, high, middle = x + bar.low * scale, x + bar.high * scale, y + thick / 2
+    ends = "".join(f"M{end:.1f} {middle - 4}v8" for end in (low, high))
+    return drawn + f'<path d="M{low:.1f} {middle}H{high:.1f}{ends}" class="whisker"/>'
+
+
+# tables
+
+
+@dataclass(frozen=True)
+class _Column:
+    title: str
+    cell: Callable[[Row], str]  # gives markup
+    number: bool = True
+
+
+def _weights(rows: Sequence[Row]) -> str:
+    untouched = [row for row in rows if row.untouched]
+    fold = len(untouched) > _COLLAPSE_ABOVE
+    shown = [row for row in rows if not (fold and row.untouched)]
+    parts = [_weight_table(shown)] if shown else []
+    if fold:
+        summary = f"{len(untouched)} weights with nothing to remove and nothing in the way"
+        parts.append(f"<details><summary>{summary}</summary>{_weight_table(untouched)}</details>")
+    return "".join(parts)
+
+
+def _weight_table(rows: Sequence[Row]) -> str:
+    columns = [
+        _Column("weight", _name, number=False),
+        _Column("shape", _shape, number=False),
+        _Column("density", lambda row: f"{row.density:.3f}"),
+        _Column("rows removed", lambda row: str(row.rows_removed or "")),
+        _Column("columns removed", lambda row: str(row.columns_removed or "")),
+        _Column("parameters", lambda row: _left(row.params_after, row.params_before)),
+        _Column("MACs", lambda row: _left(row.macs_after, row.macs_before)),
+        _Column("dense \N{MICRO SIGN}s", lambda row: duration(row.dense_us)),
+        _Column("sparse \N{MICRO SIGN}s", lambda row: duration(row.sparse_us)),
+        _Column("why no more", _why, number=False),
+    ]
+    used = [column for column in columns if any(column.cell(row) for row in rows)]
+    head = [(column.title, column.number) for column in used]
+    return _table(head, [[column.cell(row) for column in used] for row in rows])
+
+
+def _table(head: Sequence[tuple[str, bool]], body: Iterable[Sequence[str]]) -> str:
+    """A table of markup cells; `head` holds each column's title and whether it holds numbers."""
+    kinds = [' class="n"' if number else "" for _, number in head]
+    titles = "".join(f"<th{kind}>{escape(title)}</th>" for kind, (title, _) in zip(kinds, head, strict=True))
+    lines = [
+        "<tr>" + "".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, cells, strict=True)) + "</tr>"
+        for cells in body
+    ]
+    body_text = "\n".join(lines)
+    return f'<div class="wide"><table><thead><tr>{titles}</tr></thead><tbody>\n{body_text}\n</tbody></table></div>'
+
+
+def _name(row: Row) -> str:
+    short = row.name.removesuffix(".weight")
+    kind, text = ("long", _breakable(short)) if len(short) > 30 else ("short", escape(short))
+    return f'<code class="{kind}" title="{escape(row.name)}">{text}</code><br><small>{escape(row.op)}</small>'
+
+
+def _why(row: Row) -> str:
+    lines = [f"kept: {escape(text)}" for text in row.kept_for]
+    return "<br>".join(lines + ([f"blocked by <code>{escape(row.blocked_by)}</code>"] if row.blocked_by else []))
+
+
+def _shape(row: Row) -> str:
+    before, _, after = shape_change(row).replace("x", "\N{MULTIPLICATION SIGN}").partition(" -> ")
+    return f"<span>{before}</span>" + (f" <span>\N{RIGHTWARDS ARROW} {after}</span>" if after else "")
+
+
+def _left(after: int, before: int) -> str:
+    return f"{count(after)} <small>{escape(percent(after, before))}</small>"
+
+
+def _breakable(name: str) -> str:
+    """A dotted name that may be broken after its dots."""
+    return escape(name).replace(".", ".<wbr>")
+
+
+def _decisions(report: Report) -> str:
+    if not report.decisions:
+        return ""
+    found = reasons(report.decisions)
+    refused = sum(len(reason.decisions) for reason in found)
+    parts = [_note(f"{len(report.decisions) - refused} accepted, {refused} refused.")]
+    if found:
+        body = [
+            [
+                str(len(reason.decisions)),
+                f"<code>{escape(reason.step)}</code>",
+                escape(reason.why) + (' <span class="soft">and alike</span>' if reason.alike else ""),
+                _places([f"{d.where}: {d.what}" for d in reason.decisions]),
+            ]
+            for reason in found
+        ]
+        parts.append(_table([("refused", True), ("pass", False), ("reason", False), ("where", False)], body))
+    for step, decisions in Plan(report.decisions).by_pass().items():
+        accepted = [d for d in decisions if d.accepted]
+        if accepted:
+            lines = "".join(
+                f"<li><code>{escape(d.where)}</code> {escape(d.what)} ({escape(d.why)})</li>" for d in accepted
+            )
+            summary = f"<code>{escape(step)}</code> accepted {len(accepted)}"
+            parts.append(f"<details><summary>{summary}</summary><ul>{lines}</ul></details>")
+    return "".join(parts)
+
+
+def _places(places: Sequence[str]) -> str:
+    if len(places) == 1:
+        return escape(places[0])
+    items = "".join(f"<li>{escape(place)}</li>" for place in places)
+    return f"<details><summary>{len(places)} places</summary><ul>{items}</ul></details>"
+
+
+def _environment(report: Report) -> str:
+    items = "".join(f"<dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd>" for k, v in report.environment.items())
+    return f"<dl>{items}</dl>" if items else ""
+
+
+# pictures
+
+
+def _pictures(report: Report) -> str:
+    found = _pictured(report)
+    if not found or report.masks is None:
+        return ""
+    figures = "".join(_figure(row, report.masks[row.name]) for row in found)
+    total = sum(row.name in report.masks for row in report.rows)
+    which = "" if len(found) == total else f" {len(found)} of {total} masked weights, those with the most to remove."
+    legend = (
+        '<p class="legend"><i class="none"></i>no weight <i class="ramp"></i>some to all weights kept '
+        '<i class="gone"></i>removed row or column</p>'
+    )
+    return (
+        _note(f"Rows are output channels, columns input channels; a pixel is the density of a kernel or block.{which}")
+        + f'{legend}<div class="figures">{figures}</div>'
+    )
+
+
+def _pictured(report: Report) -> list[Row]:
+    """The weights with the most to see, in the model's order."""
+    masks: Mapping[str, Tensor] = report.masks or {}
+    fitting = [row for row in report.rows if row.name in masks and len(row.shape) >= 2]
+    fitting = [row for row in fitting if tuple(masks[row.name].shape) == row.shape and 0 not in row.shape]
+    seen = [row for row in fitting if row.density < 1 or not row.untouched]
+    seen.sort(key=lambda row: -(row.params_before - row.params_after + (1 - row.density) * row.params_before))
+    chosen = {row.name for row in seen[:_PICTURES]}
+    return [row for row in fitting if row.name in chosen]
+
+
+def _figure(row: Row, mask: Tensor) -> str:
+    pixels = picture(mask, row.kept_rows, row.kept_columns)
+    height, width = pixels.shape[:2]
+    down, across = (min(_MAGNIFY, max(1, _PIXELS // side)) for side in (height, width))
+    uri = "data:image/png;base64," + base64.b64encode(png(pixels)).decode()
+    alt = f"mask of {row.name}, {row.shape[0]} rows, {row.shape[1]} columns"
+    return (
+        f'<figure><img src="{uri}" width="{width * across}" height="{height * down}" '
+        f'alt="{escape(alt)}"><figcaption><code>{_breakable(row.name.removesuffix(".weight"))}</code>'
+        f"<small>{_shape(row)}<br>density {row.density:.2f}</small></figcaption></figure>"
+    )
+
+
+def picture(mask: Tensor, kept_rows: Sequence[int] | None = None, kept_columns: Sequence[int] | None = None) -> Tensor:
+    """Paint a mask: blue where weights are kept, orange over removed rows and columns, clear elsewhere.
+
+    mask       [O, I, ...], bool, True = kept; a pixel is the density over the axes after the second
+    kept_*     indices that stay; None paints nothing as removed
+    Returns [h, w, 4] uint8 RGBA, h = O and w = I, or means over equal blocks when they exceed 160.
+    """
+    gone_rows, gone_columns = (_gone(kept, n) for kept, n in zip((kept_rows, kept_columns), mask.shape, strict=False))
+    down, across = (-(-n // _PIXELS) for n in mask.shape[:2])
+    bands = zip(
+        torch.split(mask.detach().cpu(), down), torch.split(gone_rows, down), strict=True
+    )  # by band: a mask can be large
+    maps = [_block_means(band, rows, gone_columns, across) for band, rows in bands]
+    kept, lost, gone = torch.cat(maps, dim=1)
+    blue, orange = kept.sqrt(), 0.3 * gone + 0.6 * lost.sqrt()  # the root keeps a density of 0.1 visible
+    alpha = (blue + orange).clamp(max=1)
+    share = (blue / (blue + orange).clamp(min=1e-9))[..., None]
+    color = share * torch.tensor(_KEPT) + (1 - share) * torch.tensor(_REMOVED)
+    levels = (alpha * 32).round() / 32  # few levels compress well
+    return torch.cat([color, 255 * levels[..., None]], dim=2).round().to(torch.uint8)
+
+
+def _gone(kept: Sequence[int] | None, n: int) -> Tensor:
+    # A grouped convolution may number its columns by input channel, which its weight does not.
+    if kept is None or any(i >= n for i in kept):
+        return torch.zeros(n, dtype=torch.bool)
+    gone = torch.ones(n, dtype=torch.bool)
+    gone[list(kept)] = False
+    return gone
+
+
+def _block_means(band: Tensor, gone_rows: Tensor, gone_columns: Tensor, across: int) -> Tensor:
+    """One row of pixels [3, 1, w] from rows of a mask: density that stays, density that is removed, share removed."""
+    density = band.float().flatten(2).mean(2) if band.dim() > 2 else band.float()
+    chosen = torch.stack([~gone_rows, gone_rows]).float() / len(gone_rows)
+    stays, goes = chosen @ density
+    share = torch.where(gone_columns, 1.0, chosen[1].sum())
+    maps = torch.stack([stays * ~gone_columns, stays * gone_columns + goes, share])[:, None]
+    return torch.nn.functional.avg_pool1d(maps, across, ceil_mode=True)  # the last block may be narrower
+
+
+def png(pixels: Tensor) -> bytes:
+    """Encode [h, w, 4] uint8 RGBA as a PNG: https://www.w3.org/TR/png-3/."""
+    height, width = pixels.shape[:2]
+    lines = torch.cat([torch.zeros(height, 1, dtype=torch.uint8), pixels.flatten(1)], dim=1)  # filter type 0 first
+    header = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)  # 8 bits, RGBA
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines.numpy().tobytes(), 9)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in chunks)
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+_STYLE = """
+:root { color-scheme: light dark; --page: #f6f6f4; --card: #ffffff; --ink: #1c1c1a; --soft: #66655f; --line: #e2e1dc;
+  --dense: #aaa89f; --sparse: #256ad2; --gone: #e26a2e; --good: #e5f2e8; --good-edge: #2e8b57; --warn: #fdf0dc;
+  --warn-edge: #c77a12; --slow: #b4480f; }
+@media (prefers-color-scheme: dark) { :root { --page: #151514; --card: #1e1e1c; --ink: #ecebe5; --soft: #a3a199;
+  --line: #353430; --dense: #76746c; --sparse: #5596f2; --good: #16291d; --good-edge: #4fb37c; --warn: #33260f;
+  --warn-edge: #dd9a3c; --slow: #f0975f; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); line-height: 1.45; -webkit-text-size-adjust: 100%;
+  font: 15px/1.45 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+main { max-width: 1280px; margin: 0 auto; padding: 28px 20px 48px; }
+header { display: flex; align-items: center; flex-wrap: wrap; gap: 12px; }
+h1 { font-size: 26px; margin: 0; letter-spacing: -0.01em; }
+h2 { font-size: 17px; margin: 0 0 12px; }
+code { font: 12.5px/1.4 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+.chip { border: 1px solid var(--line); border-radius: 99px; padding: 2px 11px; color: var(--soft); font-size: 13px; }
+.verdict { margin: 16px 0; padding: 11px 15px; border-radius: 8px; background: var(--card);
+  border: 1px solid var(--line); border-left: 4px solid var(--soft); }
+.verdict.good { background: var(--good); border-left-color: var(--good-edge); }
+.verdict.warn { background: var(--warn); border-left-color: var(--warn-edge); }
+.verdict span { color: var(--soft); font-size: 13.5px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 14px; }
+.tile, section { background: var(--card); border: 1px solid var(--line); border-radius: 10px; }
+.tile { padding: 14px 16px; }
+.tile .label, .tile .detail { color: var(--soft); font-size: 13px; }
+.tile .value { font-size: 30px; font-weight: 650; letter-spacing: -0.02em; line-height: 1.3; }
+.tile small { font-size: 15px; font-weight: 450; color: var(--soft); letter-spacing: 0; margin-left: 5px; }
+.tile.hero .value { color: var(--sparse); font-size: 38px; line-height: 1.2; }
+.tile.slow .value { color: var(--slow); }
+.meter { height: 5px; border-radius: 3px; background: var(--line); margin: 4px 0 7px; overflow: hidden; }
+.meter i { display: block; height: 100%; background: var(--sparse); }
+section { margin-top: 16px; padding: 18px 18px 16px; }
+.note, .legend { color: var(--soft); font-size: 13px; margin: 0 0 10px; }
+.wide + .note { margin: 10px 0 0; }
+.soft, small { color: var(--soft); }
+.wide { overflow-x: auto; }
+svg { display: block; width: 100%; max-width: 1180px; min-width: 760px; font-size: 12.5px; fill: var(--ink); }
+svg .name { text-anchor: end; }
+svg .figure { fill: var(--soft); white-space: pre; font-variant-numeric: tabular-nums; }
+svg .slow { fill: var(--slow); }
+svg .dense { fill: var(--dense); }
+svg .sparse { fill: var(--sparse); }
+svg .axis { stroke: var(--line); }
+svg .whisker { stroke: var(--ink); stroke-width: 1.2; fill: none; }
+.legend i { display: inline-block; width: 14px; height: 11px; border-radius: 2px; margin: 0 6px 0 12px; }
+.legend i:first-child { margin-left: 0; }
+.legend .dense { background: var(--dense); }
+.legend .sparse { background: var(--sparse); }
+.legend .none { border: 1px solid var(--line); }
+.legend .gone { background: rgb(226 106 46 / 0.3); }
+.legend .ramp { width: 52px; background: linear-gradient(90deg, rgb(37 106 210 / 0.12), rgb(37 106 210)); }
+table { border-collapse: collapse; width: 100%; font-size: 13.5px; font-variant-numeric: tabular-nums; }
+th { text-align: left; color: var(--soft); font-weight: 550; font-size: 12.5px; vertical-align: bottom; }
+th, td { padding: 6px 10px; border-bottom: 1px solid var(--line); }
+td { vertical-align: top; }
+td > code, td > span { white-space: nowrap; }
+td > code.long { white-space: normal; display: inline-block; min-width: 200px; }
+th:first-child, td:first-child { padding-left: 2px; }
+tbody tr:last-child td { border-bottom: 0; }
+tbody tr:hover td { background: var(--page); }
+.n { text-align: right; white-space: nowrap; }
+th.n { white-space: normal; }
+.n small { display: inline-block; min-width: 36px; }
+small { font-size: 12px; }
+details { margin-top: 8px; }
+td details { margin: 0; }
+summary { cursor: pointer; color: var(--soft); font-size: 13.5px; }
+ul { margin: 6px 0 0; padding-left: 20px; font-size: 13px; }
+.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(176px, 1fr)); gap: 18px 14px; }
+figure { margin: 0; }
+img { image-rendering: pixelated; border: 1px solid var(--line); display: block; }
+figcaption { margin-top: 6px; overflow-wrap: anywhere; }
+figcaption small { display: block; font-size: 12px; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 3px 18px; margin: 0; font-size: 13.5px; }
+dt { color: var(--soft); }
+dd { margin: 0; overflow-wrap: anywhere; }
+"""

@@ -1,0 +1,117 @@
+"""Pooling and interpolation: every output is a non-negative combination of a window of one channel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from fxsparse.ir.bits import any_along
+from fxsparse.ir.facts import Facts
+from fxsparse.ir.graph import arg, aten
+from fxsparse.ir.layout import Layout
+from fxsparse.rules.rule import Rule, Sample, run, tie_leading, vjp
+
+
+class AveragePool(Rule):
+    """Linear windows: the operator itself tells, run on the bits."""
+
+    spatial = 2
+    ops: tuple[Any, ...] = (
+        aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.upsample_nearest2d.vec,
+        aten.upsample_bilinear2d.vec,
+    )  # fmt: skip
+
+    def unknown(self, node: fx.Node, facts: Facts) -> Tensor:
+        (x,) = [n for n in node.all_input_nodes if n in facts.unknown]
+        return run(node, facts, {x: facts.unknown[x].float()}) > 0  # type: ignore[no-any-return]
+
+    def demand(self, node: fx.Node, facts: Facts, demanded: Tensor) -> Mapping[fx.Node, Tensor]:
+        (x,) = [n for n in node.all_input_nodes if n in facts.unknown]
+        return {x: vjp(lambda t: run(node, facts, {x: t}), facts.unknown[x], demanded)}
+
+    def couple(self, node: fx.Node, facts: Facts, layout: Layout) -> None:
+        (x,) = [n for n in node.all_input_nodes if n in layout.kept]
+        rank = len(layout.kept[node])
+        tie_leading(node, x, layout, range(rank - self.spatial))
+        for n in (x, node):
+            layout.pin(n, "", range(rank - self.spatial, rank))
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample(lambda x: F.avg_pool2d(x, 3, 2, 1), ((2, 4, 5, 7),))
+        yield Sample(lambda x: F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False), ((2, 3, 5, 5),))
+        yield Sample(lambda x: F.adaptive_avg_pool2d(x, (2, 3)), ((2, 4, 5, 5),))
+        yield Sample(lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"), ((2, 3, 2, 3),))
+        yield Sample(lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear"), ((2, 3, 2, 3),))
+
+
+class AveragePool1d(AveragePool):
+    """The same in one dimension."""
+
+    spatial = 1
+    ops = (aten.avg_pool1d.default, aten.adaptive_avg_pool1d.default)
+
+    def samples(self) -> Iterable[Sample]:
+        return ()  # 3-d samples have their channels last; these operators have them in the middle
+
+
+class MaxPool(AveragePool):
+    """The maximum of a window; padding is -inf, so a constant stays constant."""
+
+    ops = (aten.max_pool2d.default,)
+
+    def demand(self, node: fx.Node, facts: Facts, demanded: Tensor) -> Mapping[fx.Node, Tensor]:
+        (x,) = [n for n in node.all_input_nodes if n in facts.unknown]
+        # every position of a channel of which one is demanded: more than the windows ask for, and channels are whole
+        return {x: any_along(demanded, [-2, -1], keepdim=True).expand_as(facts.unknown[x])}
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample(lambda x: F.max_pool2d(x, 3, 2, 1), ((2, 4, 5, 7),))
+        yield Sample(lambda x: F.max_pool2d(x, 2, 2, 0, 2), ((2, 3, 6, 6),))
+
+
+class Reduction(Rule):
+    """One number from all elements along some dimensions: known when all of them are; needs all of them."""
+
+    ops = (
+        aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.linalg_vector_norm.default,
+    )  # fmt: skip
+
+    def _dims(self, node: fx.Node, rank: int) -> list[int]:
+        dims = arg(node, "dim")
+        dims = [dims] if isinstance(dims, int) else dims
+        return sorted({d % rank for d in dims}) if dims else list(range(rank))
+
+    def unknown(self, node: fx.Node, facts: Facts) -> Tensor:
+        (x,) = [n for n in node.all_input_nodes if n in facts.unknown]
+        dims = self._dims(node, facts.unknown[x].dim())
+        return any_along(facts.unknown[x], dims, keepdim=bool(arg(node, "keepdim")))
+
+    def demand(self, node: fx.Node, facts: Facts, demanded: Tensor) -> Mapping[fx.Node, Tensor]:
+        (x,) = [n for n in node.all_input_nodes if n in facts.unknown]
+        if not arg(node, "keepdim"):
+            for dim in self._dims(node, facts.unknown[x].dim()):
+                demanded = demanded.unsqueeze(dim)
+        return {x: demanded.expand_as(facts.unknown[x])}
+
+    def couple(self, node: fx.Node, facts: Facts, layout: Layout) -> None:
+        (x,) = [n for n in node.all_input_nodes if n in layout.kept]
+        reduced = self._dims(node, len(layout.kept[x]))
+        layout.pin(x, f"{node.name} divides by or reduces over the whole dimension", reduced)
+        kept = [d for d in range(len(layout.kept[x])) if d not in reduced]
+        if arg(node, "keepdim"):
+            layout.pin(node, "", reduced)
+            tie_leading(node, x, layout, kept)
+        else:
+            for position, dim in enumerate(kept):
+                layout.tie(x, dim, node, position, "")
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample(lambda x: x.mean((2, 3)), ((2, 4, 3, 3),))
+        yield Sample(lambda x: x.mean((2, 3), keepdim=True), ((2, 4, 3, 3),))
+        yield Sample(lambda x: x.sum(1), ((2, 4, 5),))
+        yield Sample(lambda x: x.amax(-1, keepdim=True), ((2, 4, 5),))
+        yield Sample(lambda x: torch.linalg.vector_norm(x, dim=1), ((2, 3, 5),))

@@ -1,0 +1,149 @@
+"""Is the result the masked model? Outputs are compared, within what the reference's own rounding justifies.
+
+error(y) = max |y - y64|, y64 being the masked model in float64. A result y may be off by `SLACK` times the error that
+the masked model itself makes in its dtype, plus a floor of a few units in the last place of the largest output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from fxsparse.errors import VerificationError
+from fxsparse.ir.graph import clone, get_tensor, set_tensor
+
+SLACK = 4.0  # another order of summation makes an error of the same size, not the same error; maxima vary by a few
+FLOOR_ULP = 16.0
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the masked model gives on some inputs, and how far a result may be from it.
+
+    inputs   flattened, in the model's dtype
+    exact    flattened outputs in float64
+    allowed  per output, the largest |difference| that passes
+    """
+
+    inputs: tuple[Any, ...]
+    exact: tuple[Any, ...]
+    allowed: tuple[float, ...]
+
+
+def wide_inputs(inputs: Sequence[Any]) -> list[Any]:
+    """Floating tensors in float64, complex ones in complex128, all else as it is."""
+    return [x.to(_wide_dtype(x.dtype)) if isinstance(x, Tensor) else x for x in inputs]
+
+
+def probe(inputs: Sequence[Any], batch: int | None = None, seed: int = 0) -> tuple[Any, ...]:
+    """Random inputs of the same shapes: the example's own values may be zeros, under which anything agrees.
+
+    Floating tensors are normal with the example's scale; integer ones repeat the example. `batch` replaces dimension 0.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.dim():
+            return x
+        if batch is not None:
+            x = x[torch.arange(batch, device=x.device) % x.shape[0]]
+        if not x.is_floating_point():
+            return x
+        spread = float(x.detach().double().std()) if x.numel() > 1 else 0.0
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64) * (spread or 1.0)
+        return torch.empty_like(x).copy_(noise + float(x.detach().double().mean()))  # in the example's memory format
+
+    return tuple(one(x) for x in inputs)
+
+
+def reference(flat_gm: fx.GraphModule, inputs: Sequence[Any]) -> Reference:
+    """Run the masked model `flat_gm` (flattened inputs and outputs) in its own dtype and in float64."""
+    wide = widen(flat_gm)
+    with torch.no_grad():
+        own = _outputs(flat_gm(*inputs))
+        exact = _outputs(wide(*wide_inputs(inputs)))
+    return Reference(tuple(inputs), tuple(exact), tuple(_allowed(a, b) for a, b in zip(own, exact, strict=True)))
+
+
+def widen(gm: fx.GraphModule) -> fx.GraphModule:
+    """A clone in float64: floating weights, and the floating dtypes that the model itself asks for."""
+    wide = clone(gm)
+    for node in wide.graph.nodes:
+        node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), _wide_dtype)
+    wide.recompile()
+    for target in {str(n.target) for n in wide.graph.nodes if n.op == "get_attr"}:
+        tensor = get_tensor(wide, target)
+        dtype = _wide_dtype(tensor.dtype)
+        set_tensor(wide, target, tensor if tensor.dtype == dtype else tensor.to(dtype))
+    return wide
+
+
+def _wide_dtype(x: Any) -> Any:
+    if not isinstance(x, torch.dtype):
+        return x
+    return torch.float64 if x.is_floating_point else torch.complex128 if x.is_complex else x
+
+
+def check(outputs: Any, ref: Reference, suspect: str, do: str) -> str:
+    """`largest |difference| ..., allowed ...`. Raises VerificationError when an output is further off than allowed."""
+    worst = (0.0, 0.0)
+    for i, (y, exact, allowed) in enumerate(zip(_outputs(outputs), ref.exact, ref.allowed, strict=True)):
+        if not isinstance(exact, Tensor):
+            continue
+        y, exact = _real(y), _real(exact)
+        if y.shape != exact.shape:
+            raise VerificationError(suspect, expected=f"output[{i}] of shape {tuple(exact.shape)}",
+                                    got=str(tuple(y.shape)), do=do)  # fmt: skip
+        off = _difference(y, exact)
+        if off > allowed:
+            raise _wrong(y, exact, i, off, allowed, suspect, do)
+        worst = max(worst, (off, allowed))
+    return f"largest |difference| {worst[0]:.1e}, allowed {worst[1]:.1e}"
+
+
+def _real(x: Tensor) -> Tensor:
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
+
+
+def _difference(y: Tensor, exact: Tensor) -> float:
+    if not exact.numel():
+        return 0.0
+    if not exact.is_floating_point():
+        return float((y != exact).sum())
+    gap = (y.double() - exact.double()).abs()
+    same = (y.double() == exact.double()) | (y.isnan() & exact.isnan())  # inf - inf is not a difference
+    gap = gap.masked_fill(same, 0.0)
+    return float("inf") if bool(gap.isnan().any()) else float(gap.max())
+
+
+def _allowed(own: Any, exact: Any) -> float:
+    if not isinstance(exact, Tensor):
+        return 0.0
+    own, exact = _real(own), _real(exact)
+    if not exact.numel() or not exact.is_floating_point():
+        return 0.0
+    finite = exact[exact.isfinite()]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    own_error = _difference(own, exact)
+    own_error = own_error if own_error != float("inf") else 0.0
+    return SLACK * own_error + FLOOR_ULP * torch.finfo(own.dtype).eps * scale
+
+
+def _wrong(y: Tensor, exact: Tensor, i: int, off: float, allowed: float, suspect: str, do: str) -> VerificationError:
+    gap = (y.double() - exact.double()).abs().nan_to_num(float("inf"))
+    position = [int(k) for k in torch.unravel_index(gap.argmax(), gap.shape)]
+    where = f"output[{i}]{position}"
+    return VerificationError(
+        suspect,
+        expected=f"the masked model's output within {allowed:.1e}",
+        got=f"a largest |difference| of {off:.3g}, at {where}",
+        do=do,
+    )
+
+
+def _outputs(outputs: Any) -> list[Any]:
+    return list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]

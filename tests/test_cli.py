@@ -1,0 +1,354 @@
+"""The command line: what it passes on, what it prints, and what it says to input that does not fit."""
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import fxsparse
+from fxsparse import cli, load
+from fxsparse.errors import TargetError, VerificationError
+from fxsparse.progress import progress
+from fxsparse.report import Report, Timing
+
+REPORT = Report(
+    target="inductor",
+    decisions=(),
+    rows=(),
+    params_before=10,
+    params_after=5,
+    macs_before=100,
+    macs_after=50,
+    timings=(Timing("inductor", 2.0, 1.9, 2.1, 30), Timing("sparse", 1.0, 0.9, 1.1, 30)),
+    dense_ms=2.0,
+    sparse_ms=1.0,
+    environment={"torch": "2.15"},
+)
+NETS = """
+from torch import nn
+
+def tiny(): return nn.Linear(4, 2, bias=False)
+def wide(width): return nn.Linear(width, width)
+def number(): return 7
+def broken(): raise ValueError("no weights here.")
+MADE = nn.Linear(4, 2, bias=False)
+SIZES = [1, 2]
+"""
+
+
+@pytest.fixture
+def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current directory with a module of small models, `nets_here`."""
+    (tmp_path / "nets_here.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "nets_here", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What the command line hands to `plan` and `compile`, which do nothing here but log a step."""
+    seen: list[dict[str, Any]] = []
+
+    def plan(model: nn.Module, masks: Any, inputs: Any, *, target: str) -> Report:
+        logging.getLogger("fxsparse").info("analyze")
+        seen.append({"model": model, "masks": masks, "inputs": inputs, "target": target})
+        return REPORT
+
+    def compile(model: nn.Module, masks: Any, target: str, *, example_inputs: Any, **options: Any) -> SimpleNamespace:
+        plan(model, masks, example_inputs, target=target)
+        seen[-1] |= options
+        return SimpleNamespace(report=REPORT)
+
+    monkeypatch.setattr(fxsparse, "plan", plan)
+    monkeypatch.setattr(fxsparse, "compile", compile)
+    return seen
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs the command line on what it must refuse: status 2, nothing on stdout, four parts on stderr."""
+
+    def run(*arguments: str) -> str:
+        assert cli.main(arguments) == 2
+        out, err = capsys.readouterr()
+        first, second = err.rstrip("\n").split("\n")
+        assert out == ""
+        assert ": expected " in first
+        assert "; got " in first
+        assert first.endswith(".")
+        assert second.startswith("  ")
+        assert second.strip()
+        return err
+
+    return run
+
+
+def test_plan_hands_over_the_model_in_eval_mode_and_prints_the_report(
+    nets: Path, calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["plan", "nets_here:tiny", "--input", "3,4", "--target", "eager", "--dtype", "float64"]) == 0
+    (call,) = calls
+    assert not call["model"].training
+    assert call["model"].weight.dtype == torch.float64
+    assert [(x.shape, x.dtype) for x in call["inputs"]] == [((3, 4), torch.float64)]
+    assert (call["masks"], call["target"]) == (None, "eager")
+    assert capsys.readouterr().out == f"{REPORT}\n"
+
+
+def test_compile_hands_over_masks_weights_and_options(nets: Path, calls: list[dict[str, Any]]) -> None:
+    weight = torch.arange(8.0).reshape(2, 4)
+    save_file({"weight": weight}, nets / "weights.safetensors")
+    torch.save({"weight": weight}, nets / "weights.pt")
+    fxsparse.Masks({"weight": weight > 3}).save(nets / "masks.safetensors")
+    common = ["compile", "nets_here:tiny", "--input", "1,4", "--input", "2,4", "--masks", "masks.safetensors"]
+    for weights in ("weights.safetensors", "weights.pt"):
+        assert cli.main([*common, "--weights", weights, "--verify", "each", "--no-measure"]) == 0
+        call = calls[-1]
+        assert torch.equal(call["model"].weight, weight)
+        assert torch.equal(call["masks"]["weight"], weight > 3)
+        assert [tuple(x.shape) for x in call["inputs"]] == [(1, 4), (2, 4)]
+        assert (call["verify"], call["measure"], call["target"]) == ("each", False, "inductor")
+
+
+def test_a_model_has_the_same_weights_and_inputs_in_every_run(nets: Path, calls: list[dict[str, Any]]) -> None:
+    for _ in range(2):
+        assert cli.main(["plan", "nets_here:tiny", "--input", "3,4"]) == 0
+    assert torch.equal(calls[0]["model"].weight, calls[1]["model"].weight)
+    assert torch.equal(calls[0]["inputs"][0], calls[1]["inputs"][0])
+
+
+def test_the_report_is_written_as_json_and_as_a_page(nets: Path, calls: list[dict[str, Any]]) -> None:
+    files = ["--json", "new/report.json", "--html", "new/report.html"]
+    assert cli.main(["compile", "nets_here:tiny", "--input", "3,4", *files]) == 0
+    assert json.loads((nets / "new/report.json").read_text())["params_after"] == 5
+    assert "<html" in (nets / "new/report.html").read_text()
+
+
+def test_bench_prints_a_json_row_for_each_build(
+    nets: Path, calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["bench", "nets_here:tiny", "--input", "3,4"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(row["build"], row["median_ms"]) for row in rows] == [("inductor", 2.0), ("sparse", 1.0)]
+    assert {row["speedup"] for row in rows} == {2.0}
+    assert rows[0] | {"model": "nets_here:tiny", "inputs": [[3, 4]], "dtype": "float32"} == rows[0]
+    assert calls[0]["measure"] is True
+
+
+def test_threads_are_set(nets: Path, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    set_to: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", set_to.append)
+    assert cli.main(["plan", "nets_here:tiny", "--input", "3,4", "--threads", "3"]) == 0
+    assert set_to == [3]
+
+
+def test_demo_is_run_with_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[Any, ...]] = []
+    demo = SimpleNamespace(run=lambda *arguments: ran.append(arguments))
+    monkeypatch.setitem(sys.modules, "fxsparse.demo", demo)
+    monkeypatch.setattr(fxsparse, "demo", demo, raising=False)
+    assert cli.main(["demo", "--out", "here", "--seed", "3", "--quick"]) == 0
+    assert ran == [("here", 3, True)]
+
+
+def test_a_module_made_already_is_a_model_too(nets: Path, calls: list[dict[str, Any]]) -> None:
+    assert cli.main(["plan", "nets_here:MADE", "--input", "3,4"]) == 0
+    assert isinstance(calls[0]["model"], nn.Linear)
+
+
+def test_the_models_of_the_checkout_are_found_from_its_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).parents[1])
+    assert isinstance(load.load_model("models:vgg16_cifar"), nn.Module)
+
+
+def test_models_of_torchvision_are_built_without_any_download(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchvision")
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: pytest.fail("it downloads"))
+    for name in ("squeezenet1_1", "lraspp_mobilenet_v3_large"):
+        assert not load.load_model(f"torchvision:{name}").training
+
+
+def test_unknown_model_of_torchvision_names_its_neighbors(refused: Callable[..., str]) -> None:
+    pytest.importorskip("torchvision")
+    err = refused("plan", "torchvision:resnet19", "--input", "1,3,8,8")
+    assert "model 'torchvision:resnet19': expected one of torchvision's" in err
+    assert "Did you mean 'resnet1" in err
+
+
+def test_without_torchvision_the_error_says_what_to_install(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    assert "pip install 'fxsparse[demo]'" in refused("plan", "torchvision:resnet18", "--input", "1,3,8,8")
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        ("resnet18", "got a name without a source.\n  For a model of torchvision: torchvision:resnet18"),
+        ("torchvision:", "got a name with an empty part"),
+        ("nets_gone:tiny", "expected a module nets_gone, installed or below the current directory; got no such module"),
+        ("nets_here.py:tiny", "Leave out .py: nets_here\n"),
+        ("nets_here:tyni", "got no such name.\n  Did you mean 'tiny'?"),
+        ("nets_here:SIZES", "expected a model, or a callable that makes one, in nets_here; got a list"),
+        ("nets_here:wide", "expected a callable that needs no arguments; got one that needs width"),
+        ("nets_here:number", "expected a torch.nn.Module; got a callable that returned a int"),
+        ("nets_here:broken", "got ValueError: no weights here (nets_here.py:7).\n"),
+        ("nets_lacking:tiny", "got one that imports gone_too, which is not installed"),
+        ("nets_typo:tiny", "expected a module nets_typo that can be imported; got SyntaxError"),
+    ],
+)
+def test_what_is_not_a_model_is_refused(nets: Path, refused: Callable[..., str], model: str, sentence: str) -> None:
+    (nets / "nets_lacking.py").write_text("import gone_too.deeply\n")
+    (nets / "nets_typo.py").write_text("def tiny(:\n")
+    err = refused("plan", model, "--input", "3,4")
+    assert err.startswith(f"InputError: model {model!r}: expected ")
+    assert sentence in err
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--input", "3,x"], "InputError: --input 3,x: expected positive whole numbers with commas between; got 'x'"),
+        (["--input", "3,0"], "got '0' for one of them.\n  For one picture: --input 1,3,224,224"),
+        (["--input", ""], "got '' for one of them"),
+        ([], "InputError: --input: expected the shape of each input of the model; got none.\n"),
+        (["--input", "3,4", "--dtype", "float16"], "--dtype: expected float32, float64, bfloat16; got 'float16'.\n"),
+        (["--input", "3,4", "--dtype", "bfloat61"], "Did you mean 'bfloat16'"),
+        (["--input", "3,4", "--threads", "0"], "--threads: expected a whole number from 1 on; got '0'.\n"),
+        (["--input", "3,4", "--masks", "gone.safetensors"], "MaskError: masks file 'gone.safetensors': expected "),
+        (["--input", "3,4", "--weights", "gone.pt"], "weights file 'gone.pt': expected a readable state dict"),
+        (["--input", "3,4", "--html", "nets_here.py/x"], "output file 'nets_here.py/x': expected a path in a folder"),
+        (["--input", "3,4", "--json", "."], "output file '.': expected a file; got a folder.\n"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    nets: Path, refused: Callable[..., str], options: list[str], sentence: str
+) -> None:
+    assert sentence in refused("plan", "nets_here:tiny", *options)
+
+
+@pytest.mark.parametrize(
+    ("state", "sentence"),
+    [
+        (
+            {"wieght": torch.ones(2, 4)},
+            "got 1 of them missing and 1 unknown ones; the first is 'wieght'.\n  Did you mean",
+        ),
+        ({"weight": torch.ones(4, 2)}, "'weight': expected shape (2, 4); got (4, 2)"),
+        ({"epoch": 3, "model": {"weight": torch.ones(2, 4)}}, "Save that part alone: torch.save(checkpoint['model']"),
+        ([1, 2], "expected a state dict, tensors by name; got a list"),
+        (nn.Linear(4, 2), "got a pickle of something else, or a damaged one"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(
+    nets: Path, refused: Callable[..., str], state: object, sentence: str
+) -> None:
+    torch.save(state, nets / "weights.pt")
+    assert sentence in refused("plan", "nets_here:tiny", "--input", "3,4", "--weights", "weights.pt")
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04 cut off", bytes(range(256)) * 4])
+def test_damaged_weights_are_refused(nets: Path, refused: Callable[..., str], name: str, content: bytes) -> None:
+    (nets / name).write_bytes(content)
+    assert f"weights file '{name}': expected a readable" in refused(
+        "plan", "nets_here:tiny", "--input", "3,4", "--weights", name
+    )
+
+
+def test_the_librarys_own_errors_are_printed_without_a_traceback(
+    nets: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan(*_: object, **__: object) -> Report:
+        raise TargetError("target 'abacus'", expected="eager or inductor", got="'abacus'", do="Choose one of them.")
+
+    monkeypatch.setattr(fxsparse, "plan", plan)
+    assert "TargetError: target 'abacus'" in refused("plan", "nets_here:tiny", "--input", "3,4", "--target", "abacus")
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"),
+    [
+        (VerificationError("output 0", expected="equal", got="0.1 apart", do="Report it."), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_exit_status_tells_a_wrong_result_and_an_interruption_apart(
+    nets: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException, status: int
+) -> None:
+    def compile(*_: object, **__: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(fxsparse, "compile", compile)
+    assert cli.main(["compile", "nets_here:tiny", "--input", "3,4"]) == status
+
+
+def test_progress_is_a_line_for_each_step_when_stderr_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("fxsparse")
+    before = (logger.level, list(logger.handlers))
+    with progress():
+        logger.info("capture")
+        logger.info("lower (%s)", "inductor")
+        logger.debug("not shown")
+    assert [line.split(" s  ")[1] for line in capsys.readouterr().err.splitlines()] == ["capture", "lower (inductor)"]
+    assert (logger.level, logger.handlers) == before
+
+
+def test_progress_rests_while_measuring_on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    logger = logging.getLogger("fxsparse")
+    with progress():
+        (handler,) = logger.handlers
+        logger.info("capture [1, 3]")
+        assert handler.status._live.is_started  # type: ignore[attr-defined]
+        logger.warning("falling back")
+        logger.info("measure")
+        assert not handler.status._live.is_started  # type: ignore[attr-defined]
+    err = capsys.readouterr().err
+    assert "falling back" in err
+    assert "measure" in err
+
+
+@pytest.mark.parametrize("command", ["plan", "compile", "bench", "demo"])
+def test_help_tells_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        cli.main([command, "--help"])
+    assert exit.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: fxsparse {command}")
+    assert ("--out" in out) == (command == "demo")
+
+
+def test_version_names_torchs_too(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out == f"fxsparse {fxsparse.__version__}, torch {torch.__version__}\n"
+
+
+def test_the_smallest_model_end_to_end(
+    nets: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No part replaced: plan and compile, and what the library itself refuses."""
+    fxsparse.Masks({"weight": torch.tensor([[True] * 4, [False] * 4])}).save(nets / "masks.safetensors")
+    model = ["nets_here:tiny", "--input", "3,4", "--masks", "masks.safetensors"]
+    assert cli.main(["plan", *model]) == 0
+    assert cli.main(["compile", *model, "--target", "eager", "--no-measure"]) == 0
+    assert "fxsparse report, target eager" in capsys.readouterr().out
+    assert "'abacus'" in refused("plan", *model, "--target", "abacus")
+    assert "Did you mean 'each'?" in refused("compile", *model, "--verify", "eahc")
+    wrong = fxsparse.Masks({"wieght": torch.ones(2, 4)})
+    wrong.save(nets / "masks.safetensors")
+    assert "Did you mean 'weight'?" in refused("compile", *model)

@@ -1,0 +1,54 @@
+"""What the documents say is run: code blocks, commands, and the table that is made from the committed rows."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import fxsparse
+from fxsparse import cli
+from tools import bench
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_readme_s_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    names: dict[str, object] = {}
+    exec(block, names)
+    fast = names["fast"]
+    assert isinstance(fast, fxsparse.SparseModule)
+    removed = {row.name: row.rows_removed for row in fast.report.rows}
+    assert removed["layer1.0.conv1.weight"] >= 16
+    assert "layer1.0.conv1" in capsys.readouterr().out
+
+
+def test_the_readme_s_commands_exist() -> None:
+    lines = re.findall(r"^fxsparse +(\w+)", README, flags=re.MULTILINE)
+    assert set(lines) == {"plan", "compile"}
+    for command in lines:
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, "--help"])
+        assert stop.value.code == 0
+    make = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"^make (\w+)", README, flags=re.MULTILINE):
+        assert re.search(rf"^{target}:", make, flags=re.MULTILINE)
+
+
+def test_the_readme_s_table_is_the_committed_rows() -> None:
+    shown = README.split(bench.MARKS[0])[1].split(bench.MARKS[1])[0].strip()
+    assert shown == bench.table(bench.load_rows()).strip()
+
+
+def test_every_row_says_where_it_comes_from() -> None:
+    rows = bench.load_rows()
+    assert rows
+    for row in rows:
+        for key in ("machine", "versions", "commit", "date", "command", "best_dense", "builds_ms", "rounds"):
+            assert row[key], (row["command"], key)
+        assert row["best_dense"].startswith("dense")
+        low, _, high = row["builds_ms"][row["best_dense"]]
+        assert low <= row["dense_ms"] <= high
+        assert len([name for name in row["builds_ms"] if name.startswith("dense")]) == 5

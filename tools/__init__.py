@@ -1,0 +1,1 @@
+"""What measures and tests fxsparse: benchmarks, mask recipes; not in the wheel."""

@@ -1,0 +1,317 @@
+"""The numbers. One case is one process and one JSON row:
+
+    python -m tools.bench --model resnet50 --recipe refill_like --sparsity 0.5 --batch 1 --threads 2 --out rows.jsonl
+    python -m tools.bench --suite spine --out tools/rows/NAME.jsonl     # every case of a suite, one after the other
+    python -m tools.bench --readme                                     # the README's table from the rows in tools/rows
+
+A row holds the median and spread of every dense build of the same masked model (eager and Inductor with freezing,
+contiguous and channels_last, ONNX Runtime where it is installed), of a natively slim model of the same widths, and of
+ours, all timed in turns in one process; the machine, versions, commit, date and command. Losing rows are rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fxsparse
+from fxsparse.backend import find_target
+from fxsparse.contest import dense_builds
+from fxsparse.ir.capture import capture
+from fxsparse.measure import Runs, cpu_name, play_off
+from fxsparse.passes import Context, canonicalize, run
+from tools.recipes import RECIPES, randomize_batch_norm
+from tools.slim import native_slim
+
+ROOT = Path(__file__).parents[1]
+ROWS = ROOT / "tools" / "rows"
+MARKS = ("<!-- rows: begin -->", "<!-- rows: end -->")
+SPINE: list[dict[str, Any]] = [
+    *(
+        {"model": model, "recipe": "refill_coupled", "batch": batch, "threads": threads}
+        for model in ("resnet18", "resnet50", "vgg16")
+        for batch in (1, 16)
+        for threads in (1, 2)
+    ),
+    *(
+        {"model": model, "recipe": "refill_like", "batch": 1, "threads": 1}
+        for model in ("resnet18", "resnet50", "vgg16")
+    ),
+    *(
+        {"model": model, "recipe": "refill_coupled", "batch": 1, "threads": 1}
+        for model in ("mobilenet_v2", "densenet121")
+    ),
+    {"model": "mobilenet_v2", "recipe": "dead_rows_alive_bias", "batch": 1, "threads": 1},
+    {"model": "resnet18", "recipe": "unstructured", "batch": 1, "threads": 1, "sparsity": 0.95},
+]
+SUITES: dict[str, list[dict[str, Any]]] = {"spine": SPINE}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """One case, a suite, or the README's table."""
+    arguments = _parser().parse_args(argv)
+    if arguments.readme:
+        return write_readme()
+    if arguments.suite:
+        return run_suite(arguments)
+    row = run_case(arguments)
+    _append(arguments.out, row)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tools.bench", description="Measured rows; see the module's text.")
+    parser.add_argument("--model", default="resnet18", help="a name in models or torchvision.models")
+    parser.add_argument("--recipe", default="refill_coupled", help=f"{', '.join(RECIPES)} or refill_coupled")
+    parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--side", type=int, default=0, help="image side; 0: 32 for CIFAR models, else 224")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float64"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--target", default="inductor")
+    parser.add_argument("--seconds", type=float, default=12.0, help="timing budget of one case")
+    parser.add_argument("--suite", choices=list(SUITES), help="run every case of a suite")
+    parser.add_argument("--out", type=Path, help="append rows here (default: print only)")
+    parser.add_argument("--readme", action="store_true", help="write the README's table from tools/rows")
+    return parser
+
+
+def run_suite(arguments: argparse.Namespace) -> int:
+    """Each case in a process of its own: threads and caches are then its own too."""
+    failed = 0
+    for i, case in enumerate(SUITES[arguments.suite]):
+        print(f"[{i + 1}/{len(SUITES[arguments.suite])}] {case}", file=sys.stderr, flush=True)
+        flags = [part for key, value in case.items() for part in (f"--{key}", str(value))]
+        flags += ["--dtype", arguments.dtype, "--device", arguments.device, "--seconds", str(arguments.seconds)]
+        flags += ["--out", str(arguments.out)] if arguments.out else []
+        failed += subprocess.run([sys.executable, "-m", "tools.bench", *flags], cwd=ROOT, check=False).returncode != 0
+    return int(failed > 0)
+
+
+def run_case(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Compile, build the rivals, time all of them in turns."""
+    torch.set_num_threads(arguments.threads)
+    dtype = getattr(torch, arguments.dtype)
+    model = build_model(arguments.model).to(arguments.device, dtype)
+    masks = fxsparse.Masks(make_masks(arguments.recipe, model, arguments.sparsity))
+    side = arguments.side or (32 if arguments.model.endswith("_cifar") else 224)
+    x = torch.randn(arguments.batch, 3, side, side, generator=torch.Generator().manual_seed(0)).to(
+        arguments.device, dtype
+    )
+    with _Stages() as stages:
+        fast = fxsparse.compile(model, masks, arguments.target, example_inputs=(x,))
+    ours: dict[str, Callable[[], object]] = {"fxsparse": lambda: fast(x)}
+    rivals = _dense(model, masks, x, arguments.target) | _onnxruntime(model, masks, x, arguments.threads)
+    with _Stages() as slim_stages:
+        ours |= _slim(model, fast.report, x, arguments.target)
+    runs = play_off(ours, rivals, arguments.seconds)
+    return _row(arguments, fast.report, runs, {**stages.seconds, "slim": sum(slim_stages.seconds.values())})
+
+
+def build_model(name: str) -> nn.Module:
+    """A model of `models` or torchvision, seeded, in evaluation mode, with batch norm statistics that matter."""
+    import torchvision.models
+
+    import models
+
+    torch.manual_seed(0)
+    make = getattr(models, name, None) or getattr(torchvision.models, name)
+    model: nn.Module = make().eval()
+    randomize_batch_norm(model, 1)
+    return model
+
+
+def make_masks(recipe: str, model: nn.Module, sparsity: float) -> Mapping[str, Tensor]:
+    """`refill_coupled` is refill_like with the channels of residual groups chosen together."""
+    if recipe == "refill_coupled":
+        return RECIPES["refill_like"](model, sparsity=sparsity, seed=0, coupled=True)  # type: ignore[call-arg]
+    return RECIPES[recipe](model, sparsity=sparsity, seed=0)
+
+
+def _dense(model: nn.Module, masks: fxsparse.Masks, x: Tensor, target: str) -> dict[str, Callable[[], object]]:
+    dense = _captured(model, masks, x)
+    return {f"dense: {b.name}": _call(b.run, b.prepare([x])) for b in dense_builds(dense, [x], find_target(target))}
+
+
+def _captured(model: nn.Module, masks: fxsparse.Masks, x: Tensor) -> torch.fx.GraphModule:
+    gm = capture(model, (x,), masks, dynamic_batch=False)
+    run(gm, [canonicalize], Context())
+    return gm
+
+
+def _slim(model: nn.Module, report: fxsparse.Report, x: Tensor, target: str) -> dict[str, Callable[[], object]]:
+    try:
+        slim = _captured(native_slim(model, report), fxsparse.Masks(), x)
+    except fxsparse.FxSparseError as error:  # widths that a plain module cannot have
+        print(f"no natively slim model: {error}", file=sys.stderr)
+        return {}
+    builds = dense_builds(slim, [x], find_target(target))
+    return {f"slim: {b.name}": _call(b.run, b.prepare([x])) for b in builds if b.name.startswith(target)}
+
+
+def _onnxruntime(model: nn.Module, masks: fxsparse.Masks, x: Tensor, threads: int) -> dict[str, Callable[[], object]]:
+    """The masked model in ONNX Runtime, on a CPU in float32, when it is installed."""
+    import copy
+    import tempfile
+
+    try:
+        import onnxruntime
+    except ImportError:
+        return {}
+    if x.device.type != "cpu" or x.dtype != torch.float32:
+        return {}
+    masked = copy.deepcopy(model)
+    masks.apply_(masked)
+    program = torch.onnx.export(masked, (x,), dynamo=True, verbose=False)
+    assert program is not None
+    with tempfile.TemporaryDirectory() as folder:
+        program.save(Path(folder) / "model.onnx")
+        session = _session(onnxruntime, Path(folder) / "model.onnx", threads)
+    feed = {session.get_inputs()[0].name: x.numpy()}
+    return {"dense: onnxruntime": lambda: session.run(None, feed)}
+
+
+def _session(onnxruntime: Any, path: Path, threads: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _call(run: Callable[..., object], inputs: Sequence[Any]) -> Callable[[], object]:
+    def call() -> object:
+        with torch.no_grad():
+            return run(*inputs)
+
+    return call
+
+
+class _Stages(logging.Handler):
+    """Seconds between the messages of the logger "fxsparse": how long each step took."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.seconds: dict[str, float] = {}
+        self.current = ""
+        self.start = time.perf_counter()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._close()
+        self.current = record.getMessage()
+
+    def _close(self) -> None:
+        now = time.perf_counter()
+        if self.current:
+            self.seconds[self.current] = round(self.seconds.get(self.current, 0.0) + now - self.start, 2)
+        self.start = now
+
+    def __enter__(self) -> _Stages:
+        logging.getLogger("fxsparse").addHandler(self)
+        logging.getLogger("fxsparse").setLevel(logging.INFO)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+        logging.getLogger("fxsparse").removeHandler(self)
+
+
+def _row(
+    arguments: argparse.Namespace, report: fxsparse.Report, runs: Runs, stages: dict[str, float]
+) -> dict[str, Any]:
+    dense = runs.fastest([name for name in runs.ms if name.startswith("dense")])
+    slim = [name for name in runs.ms if name.startswith("slim")]
+    ratios = runs.ratios(dense, "fxsparse")
+    mac_ratio = report.macs_before / max(report.macs_after, 1)
+    speedup = ratios[len(ratios) // 2]
+    row = {
+        **{k: getattr(arguments, k) for k in ("model", "recipe", "sparsity", "batch", "threads", "dtype", "target")},
+        "params_before": report.params_before, "params_after": report.params_after,
+        "macs_before": report.macs_before, "macs_after": report.macs_after, "mac_ratio": round(mac_ratio, 4),
+        "chosen": report.chosen, "best_dense": dense, "dense_ms": round(runs.median(dense), 4),
+        "fxsparse_ms": round(runs.median("fxsparse"), 4), "speedup": round(speedup, 4),
+        "speedup_p20": round(ratios[len(ratios) // 5], 4), "speedup_p80": round(ratios[len(ratios) * 4 // 5], 4),
+        "eta": round(speedup / mac_ratio, 4), "verification": report.verification,
+    }  # fmt: skip
+    if slim:
+        best = runs.fastest(slim)
+        against = runs.ratios("fxsparse", best)
+        row |= {"slim_ms": round(runs.median(best), 4), "over_slim": round(against[len(against) // 2], 4)}
+    row["builds_ms"] = {
+        n: [round(t, 4) for t in (runs.quantile(n, 0.2), runs.median(n), runs.quantile(n, 0.8))] for n in runs.ms
+    }
+    return row | {"rounds": len(ratios), "stages_s": stages, **_provenance(arguments)}
+
+
+def _provenance(arguments: argparse.Namespace) -> dict[str, Any]:
+    cuda = arguments.device.startswith("cuda")
+    command = f"python -m tools.bench --model {arguments.model} --recipe {arguments.recipe}"
+    command += f" --sparsity {arguments.sparsity} --batch {arguments.batch} --threads {arguments.threads}"
+    return {
+        "machine": torch.cuda.get_device_name() if cuda else f"{cpu_name()}, {platform.machine()}",
+        "versions": {"torch": torch.__version__, "python": platform.python_version(), "fxsparse": fxsparse.__version__},
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
+        "date": date.today().isoformat(),
+        "command": command + f" --dtype {arguments.dtype} --device {arguments.device}",
+    }
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _append(path: Path | None, row: dict[str, Any]) -> None:
+    print(json.dumps(row), flush=True)
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def load_rows() -> list[dict[str, Any]]:
+    """All committed rows, in the order of their files."""
+    return [json.loads(line) for path in sorted(ROWS.glob("*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The README's table: every row, winners and losers."""
+    from tabulate import tabulate
+
+    lines = [
+        (
+            r["model"], r["recipe"].replace("_", " "), r["batch"], r["threads"],
+            f"{1 - r['params_after'] / r['params_before']:.0%}", f"{r['mac_ratio']:.2f}", f"{r['dense_ms']:.1f}",
+            f"{r['fxsparse_ms']:.1f}", f"**{r['speedup']:.2f}** ({r['speedup_p20']:.2f}-{r['speedup_p80']:.2f})",
+            f"{r['eta']:.2f}", f"{r['over_slim']:.3f}" if "over_slim" in r else "",
+        )
+        for r in rows
+    ]  # fmt: skip
+    headers = ("model", "masks", "batch", "threads", "weights gone", "MAC ratio", "best dense ms", "fxsparse ms",
+               "speedup (p20-p80)", "speedup / MAC ratio", "time / natively slim")  # fmt: skip
+    machines = sorted({f"{r['machine']}; torch {r['versions']['torch']}; {r['dtype']}; {r['date']}" for r in rows})
+    text: str = tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+    return text + "\n\n" + "\n".join(f"*{m}*" for m in machines)
+
+
+def write_readme() -> int:
+    """Replace what stands between the marks in README.md."""
+    path = ROOT / "README.md"
+    text = path.read_text(encoding="utf-8")
+    before, rest = text.split(MARKS[0])
+    path.write_text(f"{before}{MARKS[0]}\n{table(load_rows())}\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
