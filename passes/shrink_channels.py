@@ -22,7 +22,7 @@ from fxsparse.analysis.sweep import analyze
 from fxsparse.ir.decision import Decision
 from fxsparse.ir.facts import Facts
 from fxsparse.ir.graph import get_tensor, operator_name, owner, replace_weight, set_arg
-from fxsparse.ir.layout import Layout
+from fxsparse.ir.layout import Layout, Space
 from fxsparse.passes.context import Context
 from fxsparse.rules import rule_of
 
@@ -100,10 +100,10 @@ def _round_widths(gm: fx.GraphModule, facts: Facts, layout: Layout, ctx: Context
     """Space by space: keep as many dead channels as fill the last register, when its layers then run faster."""
     layers = [n for n in gm.graph.nodes if is_layer(n)]
     for space in layout.spaces():
-        node, dim = next(iter(space))
+        node, dim = space[0]
         kept, size = int(layout.kept[node][dim].sum()), len(layout.kept[node][dim])
         rounded = min(-(-kept // ROUND_TO) * ROUND_TO, size)
-        touched = [n for n in layers if {(n.args[1], 0), (n.args[1], 1)} & space]
+        touched = [n for n in layers if {(n.args[1], 0), (n.args[1], 1)} & set(space)]
         if kept not in (0, rounded) and touched and _faster(touched, space, rounded, layout, ctx):
             extra = (~layout.kept[node][dim]).nonzero().flatten()[: rounded - kept]
             mask = torch.zeros(size, dtype=torch.bool)
@@ -112,7 +112,7 @@ def _round_widths(gm: fx.GraphModule, facts: Facts, layout: Layout, ctx: Context
             close(gm, facts, layout)
 
 
-def _faster(layers: list[fx.Node], space: set[tuple[fx.Node, int]], rounded: int, layout: Layout, ctx: Context) -> bool:
+def _faster(layers: list[fx.Node], space: Space, rounded: int, layout: Layout, ctx: Context) -> bool:
     assert ctx.time_layer is not None
     exact_s = rounded_s = 0.0
     for layer in layers:

@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import pickle
+import random
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -693,15 +694,32 @@ def saved(folder: Path) -> dict[str, float]:
     return found
 
 
-def test_layer_times_are_kept_and_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("seed", range(4))
+def test_layer_times_are_kept_and_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Whatever the times are: made-up ones, since real ones seldom make a width worth rounding here."""
+    generator = random.Random(seed)
+    monkeypatch.setattr("fxsparse.contest.play_off", timed(sparse=0.5))
+    monkeypatch.setattr("fxsparse.measure._Case.measure_s", lambda case: generator.uniform(1, 2))
     model, x, folder = Net(), images(), tmp_path / "new"
     build(model, masks_of(model), x, measure=True, cache_dir=folder)
     times = saved(folder)
     assert times
-    assert all(isinstance(s, float) and s > 0 for s in times.values())
+    assert all(isinstance(s, float) and 1 <= s <= 2 for s in times.values())
     monkeypatch.setattr("fxsparse.measure._Case.measure_s", lambda case: pytest.fail(f"{case.key} was measured again"))
     build(model, masks_of(model), x, measure=True, cache_dir=folder)
     assert saved(folder) == times
+
+
+def test_a_layer_time_is_measured_and_remembered() -> None:
+    times = LayerTimes(None, batch=2)
+    gm = build(Net(), None, images()).graph_module
+    layer = next(n for n in gm.graph.nodes if "conv2d" in str(n.target))
+    first = times(layer, 8, 2)
+    assert first > 0
+    assert times(layer, 8, 2) == first
+    assert len(times.seconds) == 1
+    times(layer, 7, 2)
+    assert len(times.seconds) == 2
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"k": "fast"}', '{"k": null}', "\x00\xff"])

@@ -86,7 +86,7 @@ def _keep_one(gm: fx.GraphModule, layout: Layout) -> None:
     for node in reversed(gm.graph.nodes):
         if node.op == "output" or node in read:
             read.update(n for n in node.all_input_nodes if not (_is_cat(node) and _empty_along(node, n, layout)))
-    for node in read & layout.kept.keys():
+    for node in (n for n in layout.kept if n in read):
         for dim, kept in enumerate(layout.kept[node]):
             if len(kept) and not kept.any():
                 first = torch.zeros_like(kept)

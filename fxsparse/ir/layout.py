@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from fxsparse.ir.bits import any_along
 
+Space = list[tuple[fx.Node, int]]  # dimensions with one numbering
 NEEDED = 0  # the cause of an index that some output really depends on
 
 
@@ -27,7 +28,7 @@ class Layout:
         self.kept = {n: [torch.zeros(size, dtype=torch.bool) for size in shape] for n, shape in shapes.items()}
         self.cause = {n: [torch.zeros(len(k), dtype=torch.int64) for k in kept] for n, kept in self.kept.items()}
         self.causes = ["needed"]
-        self.tied: set[frozenset[tuple[fx.Node, int]]] = set()
+        self.tied: dict[tuple[tuple[fx.Node, int], tuple[fx.Node, int]], None] = {}  # a set that keeps its order
         self.changed = False
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
@@ -65,7 +66,7 @@ class Layout:
     def tie(self, a: fx.Node, dim_a: int, b: fx.Node, dim_b: int, cause: str) -> None:
         """The two dimensions have the same kept indices. What one gives the other keeps its cause."""
         dim_a, dim_b = dim_a % len(self.kept[a]), dim_b % len(self.kept[b])
-        self.tied.add(frozenset(((a, dim_a), (b, dim_b))))
+        self.tied[(a, dim_a), (b, dim_b)] = None
         for source, i, target, j in ((a, dim_a, b, dim_b), (b, dim_b, a, dim_a)):
             if bool((self.kept[source][i] & ~self.kept[target][j]).any()):
                 self.grow(target, j, self.kept[source][i], self._inherit(source, i, cause))
@@ -91,8 +92,11 @@ class Layout:
         numbers, counts = cause[kept & (cause != NEEDED)].unique(return_counts=True)
         return {self.causes[n]: c for n, c in zip(numbers.tolist(), counts.tolist(), strict=True)}
 
-    def spaces(self) -> list[set[tuple[fx.Node, int]]]:
-        """Dimensions forced to share one channel numbering, grouped."""
+    def spaces(self) -> list[Space]:
+        """Dimensions forced to share one channel numbering, grouped; groups and members in the graph's own order.
+
+        Nodes hash by identity: from a set of them the groups would come in another order every time.
+        """
         parent: dict[tuple[fx.Node, int], tuple[fx.Node, int]] = {}
 
         def find(x: tuple[fx.Node, int]) -> tuple[fx.Node, int]:
@@ -101,13 +105,12 @@ class Layout:
                 x = parent[x]
             return x
 
-        for pair in self.tied:
-            first, *rest = pair
-            for other in rest:
-                parent[find(first)] = find(other)
-        groups: dict[tuple[fx.Node, int], set[tuple[fx.Node, int]]] = {}
-        for member in list(parent):
-            groups.setdefault(find(member), set()).add(member)
+        for first, second in self.tied:
+            parent[find(first)] = find(second)
+        groups: dict[tuple[fx.Node, int], Space] = {}
+        for member in ((node, dim) for node, kept in self.kept.items() for dim in range(len(kept))):
+            if member in parent:
+                groups.setdefault(find(member), []).append(member)
         return list(groups.values())
 
     def _inherit(self, node: fx.Node, dim: int, cause: str) -> Tensor:
