@@ -19,16 +19,17 @@ from torch.utils import _pytree as pytree
 from fxsparse.backend import Target, find_target
 from fxsparse.contest import Contest, contest
 from fxsparse.errors import InputError, TargetError, near
-from fxsparse.explain import Layer, layers_of, parameters_after, rows_of
+from fxsparse.explain import Layer, layers_of, parameters_after, rows_of, with_formats
+from fxsparse.formats import FORMATS
 from fxsparse.ir.capture import capture, masked_output
 from fxsparse.ir.decision import Plan
 from fxsparse.ir.graph import clone, erase_unused, flat
 from fxsparse.ir.masks import Masks
 from fxsparse.measure import LayerTimes, cpu_name
 from fxsparse.module import Build, SparseModule, memory_format
-from fxsparse.passes import PIPELINE, Context, name_of
+from fxsparse.passes import STORAGE, STRUCTURE, Context, canonicalize, name_of
 from fxsparse.passes import run as run_passes
-from fxsparse.report import Report
+from fxsparse.report import Report, Row
 from fxsparse.verify import Reference, check, probe, reference
 
 log = logging.getLogger("fxsparse")
@@ -41,6 +42,7 @@ _REPRODUCE = "Please report it: run fxsparse.compile(..., target='eager', verify
 class _Options:
     target: Target
     dynamic_batch: bool
+    formats: str
     verify: str
     measure: bool
     cache_dir: str | os.PathLike[str] | None
@@ -53,8 +55,7 @@ class _Rewritten:
     dense: fx.GraphModule
     gm: fx.GraphModule
     plan: Plan
-    layers: list[Layer]
-    ctx: Context
+    rows: list[Row]
     reference: Reference | None
 
 
@@ -77,14 +78,16 @@ def compile(
     target          "inductor" (default) or "eager"
     example_inputs  positional inputs with the batch in dimension 0; None: compile at the first call
     dynamic_batch   accept any batch size
-    formats         "auto": how the remaining weights are stored; there is one choice as yet, dense
+    formats         how the remaining weights are stored. "auto": dense or a sparse format, whichever is measured faster
+                    (or, with measure=False, holds clearly less); "dense": always dense; a format's name,
+                    "shuffled_block": wherever it fits, whatever the time
     verify          "end": compare with the masked model once; "each": after every pass, naming the one that broke it;
                     "off"
     measure         time the result against the best dense build, and return that build when it is faster
     cache_dir       folder for measured layer times; None keeps them in memory only
     Raises MaskError, InputError, CaptureError, TargetError or VerificationError, each with the way out.
     """
-    options = _Options(_checked(target, formats, verify), dynamic_batch, verify, measure, cache_dir)
+    options = _Options(_checked(target, formats, verify), dynamic_batch, formats, verify, measure, cache_dir)
     _check_cache_dir(cache_dir)
     found = _as_masks(masks).check(_checked_model(model))
     module = SparseModule(functools.partial(_compile_inputs, model, found, options))
@@ -103,7 +106,7 @@ def plan(
 
     Arguments and errors as for `compile`; example inputs are needed, since shapes decide what can be removed.
     """
-    options = _Options(_checked(target, "auto", "off"), True, "off", False, None)
+    options = _Options(_checked(target, "auto", "off"), True, "auto", "off", False, None)
     if example_inputs is None:
         raise InputError("example_inputs of plan", expected="a tuple of inputs", got="None",
                          do="A dry run needs shapes: plan(model, masks, (torch.randn(1, 3, 224, 224),)).")  # fmt: skip
@@ -134,7 +137,7 @@ def _rewrite(model: nn.Module, masks: Masks, inputs: tuple[Any, ...], options: _
     log.info("capture")
     gm = capture(model, inputs, masks, dynamic_batch=options.dynamic_batch)
     erase_unused(gm)
-    plan = run_passes(gm, PIPELINE[:1], Context())  # canonicalize is no rewriting: the dense builds get it too
+    plan = run_passes(gm, [canonicalize], Context())  # canonicalize is no rewriting: the dense builds get it too
     dense, layers = clone(gm), layers_of(gm)
     leaves, in_spec = pytree.tree_flatten(inputs)
     ref = None
@@ -147,12 +150,27 @@ def _rewrite(model: nn.Module, masks: Masks, inputs: tuple[Any, ...], options: _
         log.info("time layers")
         for layer in layers:
             layer.dense_us = times(layer.node, *layer.shape[:2]) * 1e6
-    ctx = Context(time_layer=times if options.measure else None)
-    plan += run_passes(gm, PIPELINE[1:], ctx, _after_each(gm, ref, options))
+    ctx = _context(leaves, times, options)
+    after_each = _after_each(gm, ref, options)
+    plan += run_passes(gm, STRUCTURE, ctx, after_each)
     if options.measure:
         _time_again(gm, layers, times)
-        times.save()
-    return _Rewritten(dense, gm, plan, layers, ctx, ref)
+    rows = rows_of(gm, layers, ctx, plan)
+    stored = run_passes(gm, STORAGE, ctx, after_each)
+    times.save()
+    return _Rewritten(dense, gm, plan + stored, with_formats(rows, layers, stored), ref)
+
+
+def _context(leaves: list[Any], times: LayerTimes, options: _Options) -> Context:
+    device = next(x.device for x in leaves if isinstance(x, Tensor))
+    names = options.target.formats(device) if options.formats != "dense" else ()
+    forced = options.formats in FORMATS
+    return Context(
+        time_layer=times if options.measure else None,
+        time_format=times.of_format if options.measure else None,
+        formats=(options.formats,) if forced else names,
+        force_formats=forced,
+    )
 
 
 def _time_again(gm: fx.GraphModule, layers: list[Layer], times: LayerTimes) -> None:
@@ -188,10 +206,7 @@ def _verify(rewritten: _Rewritten, won: Contest, options: _Options) -> str:
 
 
 def _report(rewritten: _Rewritten, model: nn.Module, masks: Masks, inputs: Any, options: _Options) -> Report:
-    ctx = rewritten.ctx
-    assert ctx.facts is not None  # shrink_channels ran
-    assert ctx.layout is not None
-    rows = rows_of(rewritten.gm, rewritten.layers, ctx.facts, ctx.layout, rewritten.plan)
+    rows = rewritten.rows
     return Report(
         target=options.target.name,
         decisions=rewritten.plan.decisions,
@@ -220,7 +235,7 @@ def environment(inputs: Any) -> dict[str, str]:
 
 
 def _checked(target: str, formats: str, verify: str) -> Target:
-    for name, value, known in (("formats", formats, ("auto",)), ("verify", verify, ("end", "each", "off"))):
+    for name, value, known in (("formats", formats, ("auto", "dense", *FORMATS)), ("verify", verify, ("end", "each", "off"))):
         if value not in known:
             raise InputError(f"{name}={value!r}", expected=f"one of {', '.join(map(repr, known))}",
                              got=type(value).__name__ if not isinstance(value, str) else repr(value),

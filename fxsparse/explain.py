@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -15,6 +16,7 @@ from fxsparse.ir.decision import Plan
 from fxsparse.ir.facts import Facts
 from fxsparse.ir.graph import arg, call_nodes, get_tensor, operator_name, owner
 from fxsparse.ir.layout import Layout
+from fxsparse.passes import Context
 from fxsparse.report import Row
 
 
@@ -51,10 +53,30 @@ def macs(node: fx.Node, weight: Sequence[int]) -> int:
     return math.prod(shape[len(shape) - len(weight) + 2 :]) * math.prod(weight)
 
 
-def rows_of(gm: fx.GraphModule, layers: Iterable[Layer], facts: Facts, layout: Layout, plan: Plan) -> list[Row]:
-    """One row per captured layer."""
+def rows_of(gm: fx.GraphModule, layers: Iterable[Layer], ctx: Context, plan: Plan) -> list[Row]:
+    """One row per captured layer, once `shrink_channels` ran."""
+    assert ctx.facts is not None
+    assert ctx.layout is not None
     alive = set(gm.graph.nodes)
-    return [_row(gm, x, facts, layout, plan) if x.node in alive else _gone(x) for x in layers]
+    return [_row(gm, x, ctx.facts, ctx.layout, plan) if x.node in alive else _gone(x) for x in layers]
+
+
+def with_formats(rows: Iterable[Row], layers: Iterable[Layer], plan: Plan) -> list[Row]:
+    """The rows with what `choose_formats` decided: stored and multiplied are then whole blocks only."""
+    chosen = {d.data["node"]: d.data for d in plan.accepted if d.step == "choose_formats"}
+    return [_stored(row, layer, chosen[layer.node]) if layer.node in chosen else row
+            for row, layer in zip(rows, layers, strict=True)]  # fmt: skip
+
+
+def _stored(row: Row, layer: Layer, data: Mapping[str, Any]) -> Row:
+    nse = data["packed"].nse
+    return dataclasses.replace(
+        row,
+        stored=data["format"],
+        params_after=nse,
+        macs_after=row.macs_after // max(row.params_after, 1) * nse,
+        sparse_us=data.get("sparse_us"),
+    )
 
 
 def _gone(layer: Layer) -> Row:

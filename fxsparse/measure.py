@@ -6,6 +6,7 @@ median over rounds of their ratio within a round.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -21,7 +22,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from fxsparse.formats.shuffled_block import ShuffledBlock
+from fxsparse.formats.shuffled_block_op import multiply
 from fxsparse.ir.graph import arg, aten
+from fxsparse.kernels.build import digest
 
 ROUNDS = (6, 60)  # at least, at most
 QUALIFYING_ROUNDS = (1, 3)
@@ -121,6 +125,14 @@ class LayerTimes:
             self.seconds[key] = case.measure_s()
         return self.seconds[key]
 
+    def of_format(self, node: fx.Node, packed: ShuffledBlock) -> float:
+        """Seconds for `node` with its weight packed, at the batch given, as far as memory goes on warm caches."""
+        case = _packed_case(node, packed, self.batch)
+        key = str(case.key)
+        if key not in self.seconds:
+            self.seconds[key] = case.measure_s()
+        return self.seconds[key]
+
     def save(self) -> None:
         """Write what was measured, merged with what other processes wrote meanwhile."""
         if self.path is None:
@@ -167,6 +179,24 @@ class _Case:
         return _convolution(node, shape, weight, rows, columns)
 
 
+def _packed_case(node: fx.Node, packed: ShuffledBlock, batch: int) -> _Case:
+    val = cast(fx.Node, node.args[0]).meta["val"]
+    shape = [size if isinstance(size, int) else batch for size in val.shape]
+    geometry = {}
+    if node.target is aten.conv2d.default:
+        geometry = {n: _pair(arg(node, n)) for n in ("stride", "padding", "dilation")}
+        shape = [shape[i] for i in (0, 2, 3, 1)]
+    x = torch.ones(shape, dtype=val.dtype, device=val.device)
+    in_order = dataclasses.replace(packed, rows=torch.arange(len(packed.rows), dtype=torch.int32))
+    blocks = hashlib.sha256(packed.row_ptr.numpy().tobytes() + packed.columns.numpy().tobytes()).hexdigest()[:16]
+    key = ("shuffled_block", digest("shuffled_block"), tuple(shape), packed.shape, str(geometry), blocks, str(val.dtype))
+    return _Case(key, lambda: multiply(in_order, x, **geometry))
+
+
+def _pair(value: int | list[int]) -> list[int]:
+    return [value, value] if isinstance(value, int) else list(value) * (2 // len(value))
+
+
 def _linear(x: Tensor, w: Tensor) -> Callable[[], object]:
     return lambda: torch.nn.functional.linear(x, w)
 
@@ -195,7 +225,7 @@ def _packed(x: Tensor, w: Tensor, settings: list[Any], groups: int) -> Callable[
     usable = x.device.type == "cpu" and x.dim() == 4 and x.dtype in (torch.float32, torch.bfloat16)
     if not usable or isinstance(settings[1], str) or not torch.backends.mkldnn.is_available():
         return None
-    stride, padding, dilation = ([s, s] if isinstance(s, int) else list(s) * (2 // len(s)) for s in settings)
+    stride, padding, dilation = map(_pair, settings)
     x = x.to(memory_format=torch.channels_last)
     reorder = cast(Any, torch._C._nn).mkldnn_reorder_conv2d_weight
     with torch.no_grad():

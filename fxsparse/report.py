@@ -32,6 +32,7 @@ class Row:
     macs_*        for one sample
     *_us          this layer alone; None when it was not timed
     kept_rows     indices that stay, for the pictures; None when not recorded
+    stored        "dense", or the sparse format that was chosen; params_after and macs_after then count its blocks
     """
 
     name: str
@@ -51,6 +52,7 @@ class Row:
     sparse_us: float | None = None
     kept_rows: tuple[int, ...] | None = None
     kept_columns: tuple[int, ...] | None = None
+    stored: str = "dense"
 
     @property
     def untouched(self) -> bool:

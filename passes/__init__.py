@@ -13,15 +13,34 @@ from types import ModuleType
 if __name__ == "passes":
     raise ImportError("import fxsparse.passes: a second copy under the name 'passes' would register nothing.")
 
-from fxsparse.passes import canonicalize, fold_batch_norm, fold_constants, shrink_channels
+from fxsparse.passes import (
+    canonicalize,
+    choose_formats,
+    fold_batch_norm,
+    fold_constants,
+    fuse_epilogues,
+    lower_formats,
+    permute_channels,
+    shrink_channels,
+)
 from fxsparse.passes.context import Context
 from fxsparse.passes.pipeline import name_of, run
 
-PIPELINE: tuple[ModuleType, ...] = (
-    canonicalize,  # one dialect: functional, inference batch norm, no dropout, one reader per weight
+STRUCTURE: tuple[ModuleType, ...] = (
     fold_batch_norm,  # batch norm into the convolution before it
     fold_constants,  # channels that are constant become biases
     shrink_channels,  # channels nobody needs are cut out: smaller dense work, on every target
 )
+STORAGE: tuple[ModuleType, ...] = (
+    choose_formats,  # per weight: dense or a sparse format, by measured time
+    permute_channels,  # channels are numbered so that packed weights write their row groups in order
+    lower_formats,  # packed weights and the formats' operators
+    fuse_epilogues,  # residual sums and activations into them
+)
+PIPELINE: tuple[ModuleType, ...] = (
+    canonicalize,  # one dialect: functional, inference batch norm, no dropout, one reader per weight
+    *STRUCTURE,
+    *STORAGE,
+)
 
-__all__ = ["PIPELINE", "Context", "name_of", "run"]
+__all__ = ["PIPELINE", "STORAGE", "STRUCTURE", "Context", "name_of", "run"]

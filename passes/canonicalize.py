@@ -54,7 +54,7 @@ def apply(gm: fx.GraphModule, decision: Decision) -> None:
 
 
 def _decide(node: fx.Node) -> Decision | None:
-    if node.target in _IDENTITY and not _in_training(node):
+    if node.target in _IDENTITY and not _in_training(node) and not _lays_out(node):
         return _accept(node, f"drop {operator_name(node)}", "it is the identity at inference", _drop)
     if node.target in _VIEW:
         return _accept(node, "write view as reshape", "it holds for any strides", _write_reshape)
@@ -71,6 +71,11 @@ def _accept(node: fx.Node, what: str, why: str, rewrite: Callable[[fx.GraphModul
 
 def _in_training(node: fx.Node) -> bool:
     return "dropout" in operator_name(node) and bool(arg(node, "train"))
+
+
+def _lays_out(node: fx.Node) -> bool:
+    """Whether it gives one of our own operators the memory layout it reads."""
+    return any(getattr(user.target, "namespace", "") == "fxsparse" for user in node.users)
 
 
 def _is_item(node: fx.Node) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -12,6 +13,8 @@ from fxsparse.ir.layout import Layout
 
 # seconds for one convolution or linear node cut to (rows, columns)
 LayerTimer = Callable[[fx.Node, int, int], float]
+# seconds for one such node with a packed weight
+FormatTimer = Callable[[fx.Node, Any], float]
 
 
 @dataclass
@@ -19,9 +22,15 @@ class Context:
     """Shared by the passes of one compilation.
 
     time_layer  measures one layer at other widths, to round them up where that is faster; None: never round
+    time_format  measures one layer with a packed weight; None: the number of stored elements decides
+    formats      names of the formats that the target runs, for `choose_formats`
+    force_formats  choose a format wherever one fits, whatever it takes: for tests
     facts, layout   what the last analysis found; the report reads them
     """
 
     time_layer: LayerTimer | None = None
+    time_format: FormatTimer | None = None
+    formats: tuple[str, ...] = ()
+    force_formats: bool = False
     facts: Facts | None = None
     layout: Layout | None = None

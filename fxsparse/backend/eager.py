@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from torch import fx
 
 from fxsparse.backend.target import Runnable, Target
 from fxsparse.ir.graph import flat
+from fxsparse.kernels.build import compiler
 
 
 class Eager(Target):
     """Any device, any shape, no compiler."""
 
     name = "eager"
+
+    def formats(self, device: torch.device) -> tuple[str, ...]:
+        return ("shuffled_block",) if device.type == "cpu" and compiler() else ()
 
     def lower(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Runnable:
         return self.lower_dynamic(gm)

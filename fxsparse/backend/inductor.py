@@ -34,6 +34,9 @@ class Inductor(Target):
                 do="Install one (Debian: apt-get install g++), set CXX, or pass target='eager'.",
             )
 
+    def formats(self, device: torch.device) -> tuple[str, ...]:
+        return ("shuffled_block",) if device.type == "cpu" else ()
+
     def lower(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Runnable:
         import torch._inductor
 

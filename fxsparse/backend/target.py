@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 # flattened inputs -> flattened outputs
@@ -15,6 +16,10 @@ class Target:
     """Something that runs a graph. Subclasses live one to a file."""
 
     name: str
+
+    def formats(self, device: torch.device) -> tuple[str, ...]:
+        """Names of the sparse formats (`fxsparse.formats`) whose kernels it can run on `device`."""
+        return ()
 
     def require(self) -> None:
         """Raise TargetError when this machine cannot run the target. By default it can."""

@@ -1,0 +1,205 @@
+"""Which dimensions share one channel numbering, and whether it may be permuted: for `permute_channels`.
+
+Dimensions are tied as in `rules/`, from shapes alone. Permuting a numbering permutes every weight dimension in it; it
+is exact when each operator on the way treats its channels alike. A dimension that meets any other operator is pinned,
+with the operator's name. Flattening [N, C, H, W] to [N, C * H * W] makes a numbering that follows another, H * W
+indices for each channel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx
+
+from fxsparse.ir.graph import arg, aten, operator_name, owner
+from fxsparse.rules import rule_of
+from fxsparse.rules.contraction import Convolution, Linear
+from fxsparse.rules.elementwise import Elementwise
+from fxsparse.rules.norms import BatchNorm, LayerNorm
+from fxsparse.rules.windows import AveragePool, Reduction
+
+Axis = tuple[fx.Node, int]
+_FLATTENS = (aten.view.default, aten.reshape.default, aten.flatten.using_ints)
+
+
+@dataclass
+class Numbering:
+    """Dimensions with one numbering.
+
+    pinned    why it may not be permuted; empty when it may
+    follows   the numbering whose channels it repeats `times` times in place, or None
+    """
+
+    axes: list[Axis] = field(default_factory=list)
+    pinned: str = ""
+    follows: Axis | None = None
+    times: int = 1
+
+
+def numberings(gm: fx.GraphModule) -> dict[Axis, Numbering]:
+    """The numbering of every dimension of every tensor value."""
+    links = _Links()
+    for node in gm.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            links.pin_all([node, *node.all_input_nodes], f"{node.op} signature")
+        elif node.op == "call_function":
+            _link(node, links)
+    return links.groups(gm)
+
+
+class _Links:
+    """Union-find over dimensions."""
+
+    def __init__(self) -> None:
+        self.parent: dict[Axis, Axis] = {}
+        self.pins: dict[Axis, str] = {}
+        self.follows: dict[Axis, tuple[Axis, int]] = {}
+
+    def find(self, axis: Axis) -> Axis:
+        while self.parent.setdefault(axis, axis) != axis:
+            self.parent[axis] = self.parent[self.parent[axis]]
+            axis = self.parent[axis]
+        return axis
+
+    def tie(self, a: fx.Node, dim_a: int, b: fx.Node, dim_b: int) -> None:
+        self.parent[self.find((a, dim_a % _rank(a)))] = self.find((b, dim_b % _rank(b)))
+
+    def pin(self, node: fx.Node, dims: Iterable[int], why: str) -> None:
+        for dim in dims:
+            self.pins.setdefault((node, dim % _rank(node)), why)
+
+    def pin_all(self, nodes: Iterable[fx.Node], why: str) -> None:
+        for node in nodes:
+            self.pin(node, range(_rank(node)), why)
+
+    def groups(self, gm: fx.GraphModule) -> dict[Axis, Numbering]:
+        found: dict[Axis, Numbering] = {}
+        for axis in [(n, d) for n in gm.graph.nodes for d in range(_rank(n))]:
+            numbering = found.setdefault(self.find(axis), Numbering())
+            numbering.axes.append(axis)
+            numbering.pinned = numbering.pinned or self.pins.get(axis, "")
+            if axis in self.follows:
+                other, times = self.follows[axis]
+                if numbering.follows is not None:
+                    numbering.pinned = numbering.pinned or f"{axis[0].name} joins two flattened tensors"
+                numbering.follows, numbering.times = self.find(other), times
+        for numbering in found.values():  # what cannot follow holds the other one fast too
+            if numbering.follows is not None and numbering.pinned:
+                found[numbering.follows].pinned = found[numbering.follows].pinned or numbering.pinned
+        return {axis: numbering for numbering in found.values() for axis in numbering.axes}
+
+
+def _rank(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, Tensor) else 0
+
+
+def _shape(node: fx.Node) -> list[object]:
+    return list(node.meta["val"].shape)
+
+
+def _link(node: fx.Node, links: _Links) -> None:
+    rule = rule_of(node)
+    x = next(iter(node.all_input_nodes), node)
+    if isinstance(rule, Convolution):
+        _convolution(node, links)
+    elif isinstance(rule, Linear):
+        _contract(node, -1, -1, links)
+    elif isinstance(rule, (Elementwise, BatchNorm)) and _rank(node):
+        _aligned(node, 1 if isinstance(rule, BatchNorm) else None, links)
+    elif isinstance(rule, LayerNorm) and len(arg(node, "normalized_shape")) == 1:
+        _aligned(node, -1, links)
+    elif isinstance(rule, AveragePool):
+        for dim in range(_rank(node) - rule.spatial):
+            links.tie(node, dim, x, dim)
+        for n in (node, x):
+            links.pin(n, range(_rank(n) - rule.spatial, _rank(n)), f"{operator_name(node)} reads neighbours")
+    elif isinstance(rule, Reduction):
+        _reduction(node, x, links)
+    elif node.target in _FLATTENS and _flattens(node, x):
+        links.tie(node, 0, x, 0)
+        links.follows[node, 1] = ((x, 1), math.prod(_integers(x)[2:]))
+    else:
+        links.pin_all([node, *node.all_input_nodes], f"{operator_name(node)} ({owner(node)}) tells channels apart")
+
+
+def _convolution(node: fx.Node, links: _Links) -> None:
+    x, w = node.args[0], node.args[1]
+    assert isinstance(x, fx.Node)
+    assert isinstance(w, fx.Node)
+    channel, groups = _rank(node) - _rank(w) + 1, arg(node, "groups")
+    links.pin(node, range(channel + 1, _rank(node)), "positions")
+    links.pin(x, range(channel + 1, _rank(x)), "positions")
+    links.pin(w, range(2, _rank(w)), "taps")
+    if groups == 1:
+        _contract(node, channel, channel, links)
+    elif _shape(w)[1] == 1 and groups == _shape(w)[0]:
+        links.tie(x, channel, node, channel)
+        _rows(node, channel, links)
+    else:
+        links.pin_all([node, x, w], f"grouped convolution {owner(node)}")
+
+
+def _contract(node: fx.Node, x_dim: int, out_dim: int, links: _Links) -> None:
+    x, w = node.args[0], node.args[1]
+    assert isinstance(x, fx.Node)
+    assert isinstance(w, fx.Node)
+    if w.op != "get_attr":
+        links.pin_all([node, *node.all_input_nodes], f"the weight of {owner(node)} is computed")
+        return
+    links.tie(x, x_dim, w, 1)
+    _rows(node, out_dim, links)
+    for dim in range(x_dim % _rank(x)):
+        links.tie(x, dim, node, dim)
+
+
+def _rows(node: fx.Node, dim: int, links: _Links) -> None:
+    links.tie(node, dim, node.args[1], 0)  # type: ignore[arg-type]
+    bias = arg(node, "bias")
+    if isinstance(bias, fx.Node):
+        links.tie(node, dim, bias, 0)
+
+
+def _aligned(node: fx.Node, channel: int | None, links: _Links) -> None:
+    """Elementwise with broadcasting; a norm's vectors of one number per channel lie along `channel`."""
+    for n in node.all_input_nodes:
+        offset = _rank(node) - _rank(n)
+        if channel is not None and n is not node.args[0]:
+            links.tie(n, 0, node, channel)
+            continue
+        for dim, size in enumerate(_shape(n)):
+            if size == _shape(node)[dim + offset]:
+                links.tie(n, dim, node, dim + offset)
+
+
+def _reduction(node: fx.Node, x: fx.Node, links: _Links) -> None:
+    dims = arg(node, "dim")
+    reduced = {d % _rank(x) for d in ([dims] if isinstance(dims, int) else dims)} if dims else set(range(_rank(x)))
+    position = 0
+    for dim in range(_rank(x)):
+        if dim not in reduced:
+            links.tie(x, dim, node, dim if arg(node, "keepdim") else position)
+            position += 1
+
+
+def _flattens(node: fx.Node, x: fx.Node) -> bool:
+    """[N, C, ...] to [N, C * ...]"""
+    before, after = _shape(x), _shape(node)
+    known = all(isinstance(size, int) for size in [*before[1:], *after[1:]])
+    return len(after) == 2 and len(before) > 2 and known and math.prod(_integers(x)[1:]) == after[1]
+
+
+def _integers(node: fx.Node) -> list[int]:
+    return [size if isinstance(size, int) else 1 for size in _shape(node)]
+
+
+def followers(table: dict[Axis, Numbering], root: Numbering) -> Iterator[Numbering]:
+    """Numberings that repeat the channels of `root`."""
+    axes, seen = set(root.axes), set()
+    for numbering in table.values():
+        if numbering.follows in axes and id(numbering) not in seen:
+            seen.add(id(numbering))
+            yield numbering

@@ -1,0 +1,202 @@
+"""Shuffled blocks: groups of rows that share one list of kept columns, each group a dense matrix.
+
+A weight [O, I, kH, kW] is read as O rows of n = kH * kW * I columns, taps outermost. For groups g = 0 .. G-1:
+
+    rows        int32 [sum R_g]        output channel of every packed row, group after group
+    row_ptr     int32 [G + 1]          rows[row_ptr[g] : row_ptr[g + 1]] are the R_g rows of group g
+    columns     int32 [sum K_g]        kept columns of every group, ascending
+    column_ptr  int32 [G + 1]
+    values      float [sum K_g * L_g]  group g is [K_g, L_g]; L_g is R_g rounded up to 16, zeros in the rest
+    value_ptr   int64 [G + 1]
+
+Rows that are in no group are zero. Every nonzero of the weight is stored; so are zeros that share its block.
+The groups are found in the zeros alone: rows with equal columns first, then those are merged while that makes the
+stored blocks cheaper. Sources: Chen et al., Coarsening the Granularity (ICML 2022), Regroup; DSB (NeurIPS 2022).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, fx
+
+from fxsparse.errors import InputError
+from fxsparse.formats.format import Format
+from fxsparse.formats.grouping import LANES, group_rows
+from fxsparse.ir.graph import arg, aten
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+_TENSORS = ("values", "value_ptr", "columns", "column_ptr", "rows", "row_ptr")
+
+
+@dataclass(frozen=True)
+class ShuffledBlock:
+    """A packed weight; see the module's text for the arrays. `shape` is the weight's own, [O, I, kH, kW] or [O, I].
+
+    Raises InputError when the arrays do not fit each other: the kernels trust them.
+    """
+
+    values: Tensor
+    value_ptr: Tensor
+    columns: Tensor
+    column_ptr: Tensor
+    rows: Tensor
+    row_ptr: Tensor
+    shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        problem = _problem(self)
+        if problem:
+            raise InputError("shuffled-block weight", expected="arrays that fit each other", got=problem,
+                             do="Pack it again from the weight: the file or tensor was damaged.")  # fmt: skip
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """In the order the operator takes them."""
+        return tuple(getattr(self, name) for name in _TENSORS)
+
+    @property
+    def groups(self) -> int:
+        return len(self.row_ptr) - 1
+
+    @property
+    def nse(self) -> int:
+        """Stored elements: zeros inside blocks and lanes that round a group up to 16 rows included."""
+        return self.values.numel()
+
+    @property
+    def kernel(self) -> list[int]:
+        return list(self.shape[2:]) or [1, 1]
+
+    @property
+    def in_order(self) -> bool:
+        """Whether every group's rows follow each other, so that its results are stored without a scatter."""
+        ends = self.row_ptr[1:-1].long() - 1
+        steps = self.rows[1:] - self.rows[:-1]
+        steps[ends] = 1
+        return bool((steps == 1).all())
+
+    @property
+    def row_groups(self) -> list[NDArray[np.int64]]:
+        """Row numbers of every group."""
+        ends = self.row_ptr.tolist()
+        return [self.rows[a:b].numpy().astype(np.int64) for a, b in itertools.pairwise(ends)]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The arrays in the order the operator takes them."""
+        return _TENSORS
+
+
+class ShuffledBlockFormat(Format):
+    """conv2d without groups, and linear, in float32 and bfloat16."""
+
+    name = "shuffled_block"
+
+    def why_not(self, node: fx.Node, weight: Tensor) -> str:
+        if node.target not in (aten.conv2d.default, aten.linear.default):
+            return "only conv2d and linear have this kernel"
+        if node.target is aten.conv2d.default and arg(node, "groups") != 1:
+            return "a grouped convolution has no columns to choose from"
+        if weight.dtype not in KERNEL_DTYPES:
+            return f"the kernel has no {str(weight.dtype).removeprefix('torch.')}"
+        if weight.dim() not in (2, 4) or not weight.numel():
+            return f"the weight has shape {tuple(weight.shape)}"
+        return ""
+
+    def pack(self, weight: Tensor) -> ShuffledBlock:
+        return pack(weight)
+
+    def unpack(self, packed: Any) -> Tensor:
+        return unpack(packed)
+
+
+def pack(weight: Tensor, groups: Sequence[NDArray[np.int64]] | None = None) -> ShuffledBlock:
+    """Pack the nonzeros of `weight` [O, I, kH, kW] or [O, I]. Raises InputError on other ranks.
+
+    Values keep the weight's dtype. NaN and infinities are nonzeros.
+
+    groups  row numbers that share a block; None: they are found in the zeros
+    """
+    if weight.dim() not in (2, 4):
+        raise InputError("weight to pack", expected="[O, I] or [O, I, kH, kW]", got=f"shape {tuple(weight.shape)}",
+                         do="Only convolutions over images and linear layers have this format.")  # fmt: skip
+    flat = _as_rows(weight.detach().cpu())
+    used = (flat != 0).numpy()
+    groups = group_rows(used) if groups is None else groups
+    parts = [_pack_group(flat, rows, used[rows].any(0)) for rows in groups]
+    return ShuffledBlock(
+        values=torch.cat([p[1].flatten() for p in parts]) if parts else flat.new_zeros(0),
+        value_ptr=_pointers([p[1].numel() for p in parts], torch.int64),
+        columns=torch.cat([p[0] for p in parts]).int() if parts else torch.zeros(0, dtype=torch.int32),
+        column_ptr=_pointers([len(p[0]) for p in parts], torch.int32),
+        rows=torch.from_numpy(np.concatenate([*groups, np.zeros(0, np.int64)])).int(),
+        row_ptr=_pointers([len(g) for g in groups], torch.int32),
+        shape=tuple(weight.shape),
+    )
+
+
+def _pack_group(flat: Tensor, rows: NDArray[np.int64], used: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
+    """Columns [K] and values [K, L] of one group."""
+    columns = torch.from_numpy(used.nonzero()[0])
+    values = flat.new_zeros(len(columns), -(-len(rows) // LANES) * LANES)
+    values[:, : len(rows)] = flat[torch.from_numpy(rows)][:, columns].t()
+    return columns, values
+
+
+def _as_rows(weight: Tensor) -> Tensor:
+    """[O, kH * kW * I]"""
+    return weight.permute(0, 2, 3, 1).reshape(weight.shape[0], -1) if weight.dim() == 4 else weight
+
+
+def _pointers(counts: list[int], dtype: torch.dtype) -> Tensor:
+    return torch.tensor([0, *counts], dtype=torch.int64).cumsum(0).to(dtype)
+
+
+def unpack(packed: ShuffledBlock) -> Tensor:
+    """The weight, [O, I, kH, kW] or [O, I], in the dtype of the values."""
+    rows, width = packed.shape[0], packed.shape[1]
+    flat = packed.values.new_zeros(rows, int(np.prod(packed.shape[1:])))
+    for g in range(packed.groups):
+        row = packed.rows[int(packed.row_ptr[g]) : int(packed.row_ptr[g + 1])].long()
+        column = packed.columns[int(packed.column_ptr[g]) : int(packed.column_ptr[g + 1])].long()
+        block = packed.values[int(packed.value_ptr[g]) : int(packed.value_ptr[g + 1])]
+        if len(column):
+            flat[row[:, None], column[None]] = block.view(len(column), -1)[:, : len(row)].t()
+    if len(packed.shape) == 2:
+        return flat
+    return flat.view(rows, *packed.shape[2:], width).permute(0, 3, 1, 2).contiguous()
+
+
+def _problem(p: ShuffledBlock) -> str:
+    """What is wrong with the arrays; empty when nothing is."""
+    counts = {name: getattr(p, name) for name in ("value_ptr", "column_ptr", "row_ptr")}
+    for name, pointers in counts.items():
+        if not len(pointers) or int(pointers[0]) != 0 or bool((pointers[1:] < pointers[:-1]).any()):
+            return f"{name} that do not ascend from 0"
+    if not len(p.value_ptr) == len(p.column_ptr) == len(p.row_ptr):
+        return "pointers for different numbers of groups"
+    ends = (int(p.value_ptr[-1]), int(p.column_ptr[-1]), int(p.row_ptr[-1]))
+    if ends != (p.values.numel(), p.columns.numel(), p.rows.numel()):
+        return "pointers that end elsewhere than their arrays"
+    if not _within(p.columns, int(np.prod(p.shape[1:]))) or not _within(p.rows, p.shape[0]):
+        return "a row or column outside of the weight"
+    if len(p.rows.unique()) != len(p.rows):
+        return "a row that is in two groups"
+    lanes = (p.row_ptr.diff().long() + LANES - 1) // LANES * LANES
+    if not torch.equal(p.value_ptr.diff(), p.column_ptr.diff().long() * lanes):
+        return "blocks that are not rows x columns"
+    inner = torch.ones(max(0, len(p.columns) - 1), dtype=torch.bool)
+    starts = p.column_ptr[1:-1].long() - 1
+    inner[starts[(starts >= 0) & (starts < len(inner))]] = False
+    return "" if bool((p.columns.diff()[inner] > 0).all()) else "columns that do not ascend"
+
+
+def _within(index: Tensor, size: int) -> bool:
+    return not index.numel() or (int(index.min()) >= 0 and int(index.max()) < size)

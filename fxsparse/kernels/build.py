@@ -1,0 +1,108 @@
+"""Compiling our own C++: once per source, compiler and instruction set, kept in a folder, loaded with ctypes.
+
+The library's name is a hash of everything it depends on, so nothing is ever out of date; it is written under a
+temporary name and renamed, so processes that build at once do not disturb each other. One that cannot be loaded
+(cut short by a full disk, say) is built again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+from fxsparse.errors import TargetError
+
+log = logging.getLogger("fxsparse")
+
+_COMMON = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno")
+_ISA = {
+    "AVX512": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma"),
+    "AVX2": ("-mavx2", "-mfma"),
+    "DEFAULT": (),
+}
+_SOURCES = Path(__file__).parent / "cpu"
+
+
+def instruction_set() -> str:
+    """The widest vectors of this processor that the kernels are written for: "AVX512", "AVX2" or "DEFAULT"."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return capability if capability in _ISA else "DEFAULT"
+
+
+def compiler() -> str | None:
+    """The command of a C++ compiler: $CXX, g++ or clang++; None when there is none."""
+    commands = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    return next((c for c in commands if shutil.which(shlex.split(c)[0])), None)
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels lie: $FXSPARSE_CACHE_DIR, or fxsparse/ in the user's cache folder."""
+    if chosen := os.environ.get("FXSPARSE_CACHE_DIR"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fxsparse"
+
+
+@functools.cache
+def digest(name: str) -> str:
+    """A hash of the source, for keys of what was measured with it."""
+    return hashlib.sha256((_SOURCES / f"{name}.cpp").read_bytes()).hexdigest()[:12]
+
+
+@functools.cache
+def load(name: str, isa: str | None = None) -> ctypes.CDLL:
+    """The library made of `cpu/<name>.cpp`, built at the first use. Raises TargetError when it cannot be built."""
+    source = _SOURCES / f"{name}.cpp"
+    command = [*_compiler_or_raise(name), *_COMMON, *_ISA[isa or instruction_set()]]
+    path = cache_folder() / f"{name}-{_key(source, command)}.so"
+    if path.exists():
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:
+            log.warning("%s cannot be loaded; it is built again", path)
+    _build(source, command, path)
+    return ctypes.CDLL(str(path))
+
+
+def _compiler_or_raise(name: str) -> list[str]:
+    command = compiler()
+    if command is None:
+        raise TargetError(f"kernel {name!r}", expected="a C++ compiler (g++ or clang++) on PATH", got="none",
+                          do="Install one (Debian: apt-get install g++) or set CXX.")  # fmt: skip
+    return shlex.split(command)
+
+
+def _key(source: Path, command: list[str]) -> str:
+    parts = [source.read_bytes(), repr(command).encode(), _version(command[0]).encode(), platform.machine().encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
+
+
+@functools.cache
+def _version(command: str) -> str:
+    return subprocess.run([command, "--version"], capture_output=True, text=True, check=False).stdout
+
+
+def _build(source: Path, command: list[str], path: Path) -> None:
+    log.info("compile %s (once, some seconds)", source.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".so")
+    os.close(handle)
+    try:
+        done = subprocess.run([*command, str(source), "-o", name], capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+            raise TargetError(f"kernel {source.name}", expected="a C++17 compiler with OpenMP", got=lines[0][:300],
+                              do=f"Try it by hand: {shlex.join([*command, str(source), '-o', '/dev/null'])}")  # fmt: skip
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)

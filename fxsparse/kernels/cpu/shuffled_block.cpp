@@ -1,0 +1,508 @@
+// Convolution and matrix product with a shuffled-block weight, channels last.
+//
+//   y[pixel, rows[r]] = act(bias[rows[r]] + residual[pixel, rows[r]] + sum_k values[g][k][r] * x[offset[k] + pixel])
+//
+// A row group g has R rows and K kept columns; a column is one (ky, kx, channel). Rows lie in vector lanes, some pixels
+// are handled at once: for every column one load of R weights, and per pixel one broadcast and R / LANES multiply-adds.
+// Where a column is read is data (one int per column), not code, so free columns cost nothing.
+//
+// Compiled once for the machine's widest vectors (16, 8 or 4 floats) by fxsparse/kernels/build.py.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ACCUMULATORS = 28, WIDEST = 4;
+#elif defined(__AVX__)
+constexpr int LANES = 8, ACCUMULATORS = 12, WIDEST = 2;
+#else
+constexpr int LANES = 4, ACCUMULATORS = 12, WIDEST = 2;
+#endif
+constexpr int PADDED_TO = 16;               // lanes of a group are padded to this many, whatever the machine
+constexpr int64_t BAND_BYTES = 384 * 1024;    // of input and output, so that all groups find them in the second-level cache
+constexpr int64_t COPIED_BYTES = 192 * 1024;  // an image that small is copied with its padding
+constexpr int64_t CHAIN = 96;                // columns summed up in one go: rounding errors grow with the length
+constexpr int64_t LINE = 112;               // pixels of a line where there are no lines: 4 x 28, 8 x 14, 16 x 7
+
+typedef float Vec __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
+typedef int32_t IntVec __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
+
+enum Activation { NONE, RELU, RELU6, SILU, GELU, HARDSWISH };
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+inline float widen(float v) { return v; }
+inline float widen(BFloat16 v) {
+    uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f;
+}
+inline void narrow(float v, float* to) { *to = v; }
+inline void narrow(float v, BFloat16* to) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    if (v != v) {
+        to->bits = 0x7fc0;
+    } else {
+        to->bits = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
+    }
+}
+
+inline Vec splat(float v) { return Vec{} + v; }
+inline Vec at_least(Vec v, float low) { return v < splat(low) ? splat(low) : v; }  // NaN stays NaN
+inline Vec at_most(Vec v, float high) { return v > splat(high) ? splat(high) : v; }
+
+// e^v by 2^n * p(r), |r| <= ln(2) / 2: Cephes' expf, 2 units in the last place.
+inline Vec exponential(Vec v) {
+    v = at_most(at_least(v, -87.3f), 88.3f);
+    IntVec n = __builtin_convertvector(v * 1.44269504f + (v < splat(0.0f) ? splat(-0.5f) : splat(0.5f)), IntVec);
+    Vec whole = __builtin_convertvector(n, Vec);
+    Vec r = v - whole * 0.693359375f + whole * 2.12194440e-4f;
+    Vec p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    return p * reinterpret_cast<Vec>((n + 127) << 23);
+}
+
+// Abramowitz and Stegun 7.1.26, |error| <= 1.5e-7.
+inline Vec error_function(Vec v) {
+    Vec a = v < splat(0.0f) ? -v : v;
+    Vec t = 1.0f / (1.0f + 0.3275911f * a);
+    Vec p = splat(1.061405429f);
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    Vec e = 1.0f - p * t * exponential(-a * a);
+    return v < splat(0.0f) ? -e : e;
+}
+
+inline Vec activate(Vec v, int activation) {
+    switch (activation) {
+        case RELU: return at_least(v, 0.0f);
+        case RELU6: return at_most(at_least(v, 0.0f), 6.0f);
+        case SILU: return v / (1.0f + exponential(-v));
+        case GELU: return 0.5f * v * (1.0f + error_function(v * 0.70710678f));
+        case HARDSWISH: return v * at_most(at_least(v + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f);
+        default: return v;
+    }
+}
+
+// Where the lanes of one register tile go, and what is added to them.
+template <typename T>
+struct Sink {
+    T* y;                // [pixels, channels]
+    const T* residual;   // the same shape, or null
+    const float* bias;   // per lane, zeros where there is none
+    const int32_t* rows; // channel of every lane
+    int64_t lanes;       // rows of the group from the first lane of the tile on
+    bool in_order;       // rows[0], rows[0] + 1, ...
+    int64_t step;        // elements between two pixels
+    int activation;
+};
+
+// A few lanes, or lanes that go to scattered channels.
+template <typename T>
+inline void put_lanes(Vec v, int64_t first, int64_t pixel, const Sink<T>& sink) {
+    const int64_t n = std::min<int64_t>(LANES, sink.lanes - first), at = pixel * sink.step;
+    if (sink.residual)
+        for (int64_t i = 0; i < n; i++) v[i] += widen(sink.residual[at + sink.rows[first + i]]);
+    v = activate(v, sink.activation);
+    for (int64_t i = 0; i < n; i++) narrow(v[i], &sink.y[at + sink.rows[first + i]]);
+}
+
+template <int V, int P>
+inline void put_whole(Vec (&sum)[P][V], const Sink<float>& sink) {
+    if (sink.residual) {
+        const float* from = sink.residual + sink.rows[0];
+#pragma GCC unroll 32
+        for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) sum[p][v] += *reinterpret_cast<const Vec*>(from + p * sink.step + v * LANES);
+    }
+    float* to = sink.y + sink.rows[0];
+    if (sink.activation == NONE) {
+#pragma GCC unroll 32
+        for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) *reinterpret_cast<Vec*>(to + p * sink.step + v * LANES) = sum[p][v];
+    } else if (sink.activation == RELU) {
+#pragma GCC unroll 32
+        for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++)
+                *reinterpret_cast<Vec*>(to + p * sink.step + v * LANES) = at_least(sum[p][v], 0.0f);
+    } else {
+        for (int p = 0; p < P; p++)
+            for (int v = 0; v < V; v++)
+                *reinterpret_cast<Vec*>(to + p * sink.step + v * LANES) = activate(sum[p][v], sink.activation);
+    }
+}
+
+// sum += the columns from `first` to `last`, P pixels x V vectors of rows.
+template <int V, int P>
+inline __attribute__((always_inline)) void add_columns(Vec (&sum)[P][V], const float* x, int64_t step,
+                                                       const int32_t* offset, int64_t first, int64_t last,
+                                                       const float* w, int64_t lanes) {
+    for (int64_t k = first; k < last; k++) {
+        const float* at = x + offset[k];
+        Vec weight[V];
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) weight[v] = *reinterpret_cast<const Vec*>(w + k * lanes + v * LANES);
+#pragma GCC unroll 32
+        for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) sum[p][v] += weight[v] * at[p * step];
+    }
+}
+
+// All columns, in chains of equal length that are summed up apart: registers first, then their sums.
+template <typename T, int V, int P>
+void tile(const float* x, int64_t step, const int32_t* offset, int64_t columns, const float* w, int64_t lanes,
+          const Sink<T>& sink) {
+    Vec sum[P][V];
+#pragma GCC unroll 32
+    for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) sum[p][v] = *reinterpret_cast<const Vec*>(sink.bias + v * LANES);
+    const int64_t chains = (columns + CHAIN - 1) / CHAIN;
+    if (chains <= 1) {
+        add_columns<V, P>(sum, x, step, offset, 0, columns, w, lanes);
+    } else {
+        Vec total[P][V];
+        std::memcpy(total, sum, sizeof sum);
+        for (int64_t c = 0; c < chains; c++) {
+#pragma GCC unroll 32
+            for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+                for (int v = 0; v < V; v++) sum[p][v] = Vec{};
+            add_columns<V, P>(sum, x, step, offset, c * columns / chains, (c + 1) * columns / chains, w, lanes);
+#pragma GCC unroll 32
+            for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+                for (int v = 0; v < V; v++) sum[p][v] = total[p][v] = total[p][v] + sum[p][v];
+        }
+    }
+    if constexpr (std::is_same_v<T, float>) {
+        if (sink.in_order && sink.lanes >= V * LANES) return put_whole<V, P>(sum, sink);
+    }
+    for (int v = 0; v < V && v * LANES < sink.lanes; v++)
+        for (int p = 0; p < P; p++) put_lanes(sum[p][v], v * LANES, p, sink);
+}
+
+template <typename T>
+using Tile = void (*)(const float*, int64_t, const int32_t*, int64_t, const float*, int64_t, const Sink<T>&);
+
+template <typename T, int V, int... P>
+constexpr Tile<T> pick(int pixels, std::integer_sequence<int, P...>) {
+    constexpr Tile<T> tiles[] = {tile<T, V, P + 1>...};
+    return tiles[pixels - 1];
+}
+
+template <typename T>
+Tile<T> tile_for(int vectors, int pixels) {
+    switch (vectors) {
+        case 1: return pick<T, 1>(pixels, std::make_integer_sequence<int, ACCUMULATORS / 1>());
+        case 2: return pick<T, 2>(pixels, std::make_integer_sequence<int, ACCUMULATORS / 2>());
+#if defined(__AVX512F__)
+        case 3: return pick<T, 3>(pixels, std::make_integer_sequence<int, ACCUMULATORS / 3>());
+        case 4: return pick<T, 4>(pixels, std::make_integer_sequence<int, ACCUMULATORS / 4>());
+#endif
+        default: return nullptr;
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// All sizes in elements; see fxsparse/formats/shuffled_block.py for what the arrays hold. Checked there, not here.
+struct Problem {
+    int64_t images, height, width, channels;
+    int64_t out_height, out_width, out_channels;
+    int64_t kernel_height, kernel_width;
+    int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
+    int64_t groups, activation, threads;
+};
+}
+
+namespace {
+
+// A rectangle of output pixels whose input is read with constant steps.
+template <typename T>
+struct Field {
+    const float* x;
+    int64_t x_line, x_pixel;  // elements from one line, or pixel, to the next
+    T* y;
+    const T* residual;
+    int64_t y_line, y_pixel;
+    int64_t lines, pixels;
+    int64_t row_step;  // elements from one input row to the next, for the taps
+    int64_t first_row; // output row of the first line when taps above and below the image are to be skipped, or -1
+};
+
+template <typename T>
+struct Convolution {
+    Problem q;
+    const T* x;
+    T* y;
+    const float* values;
+    const int64_t* value_ptr;
+    const int32_t *columns, *column_ptr, *rows, *row_ptr;
+    const T* bias;
+    const T* residual;
+    int64_t pixels_in = 0, pixels_out = 0;  // of all images
+    bool copies = false;                    // the input is read from a padded (or widened) copy of a band
+    int64_t left = 0, right = 0;            // output columns between which no tap leaves the image sideways
+    int64_t band = 0, bands = 0, parts = 0; // output rows of a band; bands of an image; parts of the groups
+    std::vector<int64_t> part_ptr{};        // groups of every part
+
+    int64_t taps_wide() const { return (q.kernel_width - 1) * q.dilation_x + 1; }
+    int64_t copy_width() const { return (q.out_width - 1) * q.stride_x + taps_wide(); }
+    int64_t input_rows(int64_t out_rows) const {
+        return (out_rows - 1) * q.stride_y + (q.kernel_height - 1) * q.dilation_y + 1;
+    }
+
+    // One input pixel makes one output pixel: images and rows do not matter, so cut all pixels into lines of one length.
+    void flatten() {
+        pixels_out = q.images * q.out_height * q.out_width;
+        pixels_in = q.images * q.height * q.width;
+        const bool pointwise = q.kernel_height * q.kernel_width * q.stride_y * q.stride_x == 1;
+        if (!pointwise || q.padding_y || q.padding_x) return;
+        q.images = 1;
+        q.width = q.out_width = std::min(LINE, pixels_out);
+        q.height = q.out_height = (pixels_out + q.width - 1) / q.width;
+    }
+
+    void plan() {
+        flatten();
+        left = (q.padding_x + q.stride_x - 1) / q.stride_x;
+        right = std::min(q.out_width, (q.width + q.padding_x - taps_wide()) / q.stride_x + 1);
+        const bool padded = q.padding_y || q.padding_x;
+        const bool small = q.height * q.width * q.channels * 4 <= COPIED_BYTES;
+        copies = !std::is_same_v<T, float> || (padded && (small || right - left < 4));
+        const int64_t row_bytes = ((copies ? copy_width() : q.width) * q.channels * q.stride_y + q.out_width * q.out_channels) * 4;
+        band = std::max<int64_t>(1, BAND_BYTES / row_bytes);
+        if (copies) band = std::max(band, std::min<int64_t>(q.out_height, q.kernel_height * q.dilation_y));
+        bands = (q.out_height + band - 1) / band;
+        band = (q.out_height + bands - 1) / bands;
+        bands = (q.out_height + band - 1) / band;
+        const int64_t units = q.images * bands;
+        const int64_t wanted = q.threads > 1 ? (4 * q.threads + units - 1) / units : 1;
+        parts = std::max<int64_t>(1, std::min(q.groups, wanted));
+        split_groups();
+    }
+
+    // Parts of about equal work.
+    void split_groups() {
+        part_ptr.assign(parts + 1, q.groups);
+        part_ptr[0] = 0;
+        const int64_t all = value_ptr[q.groups];
+        for (int64_t g = 0, part = 1; g < q.groups && part < parts; g++)
+            while (part < parts && value_ptr[g + 1] * parts >= all * part) part_ptr[part++] = g + 1;
+    }
+
+    // Input rows of a band, `wide` pixels of each from column `from_x` on, zeros outside of the image.
+    void copy_band(int64_t image, int64_t first, int64_t rows_out, int64_t from_x, int64_t wide, float* to) const {
+        const int64_t before = std::clamp<int64_t>(-from_x, 0, wide);
+        const int64_t end = std::clamp<int64_t>(q.width - from_x, before, wide);
+        for (int64_t i = 0; i < input_rows(rows_out); i++, to += wide * q.channels) {
+            const int64_t row = first * q.stride_y - q.padding_y + i;
+            if (row < 0 || row >= q.height) {
+                std::memset(to, 0, wide * q.channels * sizeof(float));
+                continue;
+            }
+            const int64_t at = (image * q.height + row) * q.width + from_x + before;
+            const int64_t kept = std::clamp<int64_t>(pixels_in - at, 0, end - before);  // the last line may be short
+            std::memset(to, 0, before * q.channels * sizeof(float));
+            copy(x + at * q.channels, kept * q.channels, to + before * q.channels);
+            std::memset(to + (before + kept) * q.channels, 0, (wide - before - kept) * q.channels * sizeof(float));
+        }
+    }
+    static void copy(const float* from, int64_t n, float* to) { std::memcpy(to, from, n * sizeof(float)); }
+    static void copy(const BFloat16* from, int64_t n, float* to) {
+        for (int64_t i = 0; i < n; i++) to[i] = widen(from[i]);
+    }
+
+    // The band as fields: one where the input is copied or not padded; else what lies inside, read in place, and one
+    // for the border columns on either side, whose pixels are taken downwards.
+    void lay_out(int64_t image, int64_t first, int64_t rows_out, std::vector<float>& copied,
+                 std::vector<Field<T>>& fields) const {
+        fields.clear();
+        const int64_t at = (image * q.out_height + first) * q.out_width;
+        if (copies) {
+            copied.resize(input_rows(rows_out) * copy_width() * q.channels);
+            copy_band(image, first, rows_out, -q.padding_x, copy_width(), copied.data());
+            const int64_t row_step = copy_width() * q.channels;
+            fields.push_back(field(copied.data(), row_step, at, rows_out, 0, q.out_width, first));
+            return;
+        }
+        const int64_t row_step = q.width * q.channels, top = first * q.stride_y - q.padding_y;
+        if constexpr (std::is_same_v<T, float>) {
+            const float* from = x + (image * q.height + top) * row_step + (left * q.stride_x - q.padding_x) * q.channels;
+            fields.push_back(field(from, row_step, at, rows_out, left, right, first));
+        }
+        const int64_t strip = input_rows(rows_out) * taps_wide() * q.channels;
+        copied.resize((left + q.out_width - right) * strip);
+        float* to = copied.data();
+        for (int64_t ox = 0; ox < q.out_width; ox = ox + 1 == left ? right : ox + 1) {
+            if (ox >= left && ox < right) ox = right;
+            if (ox >= q.out_width) break;
+            copy_band(image, first, rows_out, ox * q.stride_x - q.padding_x, taps_wide(), to);
+            Field<T> f = field(to, taps_wide() * q.channels, at, 1, ox, ox + 1, -1);
+            f.pixels = rows_out;
+            f.x_pixel = f.x_line;
+            f.y_pixel = f.y_line;
+            fields.push_back(f);
+            to += strip;
+        }
+    }
+
+    Field<T> field(const float* from, int64_t row_step, int64_t at, int64_t lines, int64_t x0, int64_t x1,
+                   int64_t first_row) const {
+        const int64_t to = (at + x0) * q.out_channels;
+        return {from, row_step * q.stride_y, q.channels * q.stride_x, y + to, residual ? residual + to : nullptr,
+                q.out_width * q.out_channels, q.out_channels, lines, x1 - x0, row_step, first_row};
+    }
+
+    // Position of every column of a group relative to a pixel. Columns ascend, so taps change seldom.
+    void locate(int64_t g, int64_t row_step, std::vector<int32_t>& offset) const {
+        offset.resize(column_ptr[g + 1] - column_ptr[g]);
+        int64_t end = 0, shift = 0;
+        const int32_t* column = columns + column_ptr[g];
+        for (size_t k = 0; k < offset.size(); k++) {
+            if (column[k] >= end) {
+                const int64_t tap = column[k] / q.channels;
+                const int64_t ky = tap / q.kernel_width, kx = tap % q.kernel_width;
+                end = (tap + 1) * q.channels;
+                shift = ky * q.dilation_y * row_step + kx * q.dilation_x * q.channels - tap * q.channels;
+            }
+            offset[k] = static_cast<int32_t>(column[k] + shift);
+        }
+    }
+
+    // The columns of group g whose taps lie inside the image for an output row: [from, to).
+    std::pair<int64_t, int64_t> inside(int64_t g, int64_t out_row) const {
+        const int64_t top = out_row * q.stride_y - q.padding_y, tap_row = q.kernel_width * q.channels;
+        const int32_t *begin = columns + column_ptr[g], *end = columns + column_ptr[g + 1];
+        const int64_t low = top < 0 ? (-top + q.dilation_y - 1) / q.dilation_y : 0;
+        const int64_t high = top >= q.height ? 0 : std::min(q.kernel_height, (q.height - top - 1) / q.dilation_y + 1);
+        const int64_t from = low ? std::lower_bound(begin, end, low * tap_row) - begin : 0;
+        const int64_t to = high < q.kernel_height ? std::lower_bound(begin, end, high * tap_row) - begin : end - begin;
+        return {from, std::max(from, to)};
+    }
+
+    void run_group(int64_t g, const Field<T>& f, std::vector<int32_t>& offset, std::vector<float>& lane_bias) const {
+        locate(g, f.row_step, offset);
+        const int64_t count = row_ptr[g + 1] - row_ptr[g], lanes = (count + PADDED_TO - 1) / PADDED_TO * PADDED_TO;
+        const int32_t* row = rows + row_ptr[g];
+        lane_bias.assign(lanes, 0.0f);
+        bool in_order = true;
+        for (int64_t i = 0; i < count; i++) {
+            if (bias) lane_bias[i] = widen(bias[row[i]]);
+            in_order = in_order && row[i] == row[0] + i;
+        }
+        const int64_t vectors = (count + LANES - 1) / LANES, tiles = (vectors + WIDEST - 1) / WIDEST;
+        for (int64_t t = 0, v = 0; t < tiles; t++) {
+            const int64_t wide = (vectors - v + tiles - t - 1) / (tiles - t), lane = v * LANES;
+            const Sink<T> sink{nullptr, nullptr, lane_bias.data() + lane, row + lane, count - lane, in_order,
+                               f.y_pixel, static_cast<int>(q.activation)};
+            run_lines(g, f, static_cast<int>(wide), values + value_ptr[g] + lane, lanes, offset, sink);
+            v += wide;
+        }
+    }
+
+    // The pixels that the next line is the first to read: scattered reads are no pattern for the hardware's prefetcher.
+    static void prefetch(const float* from, int64_t n) {
+        for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(from + i, 0, 2);
+    }
+
+    void run_lines(int64_t g, const Field<T>& f, int wide, const float* w, int64_t lanes,
+                   const std::vector<int32_t>& offset, Sink<T> sink) const {
+        const int64_t most = ACCUMULATORS / wide, tall = (q.kernel_height - 1) * q.dilation_y * f.row_step;
+        const bool far = !copies && f.pixels > 1 && q.height * q.width * q.channels * 4 > 4 * COPIED_BYTES;
+        for (int64_t line = 0; line < f.lines; line++) {
+            int64_t from = 0, to = static_cast<int64_t>(offset.size());
+            if (f.first_row >= 0) std::tie(from, to) = inside(g, f.first_row + line);
+            const int64_t pixels = std::min(f.pixels, pixels_out - (f.y + line * f.y_line - y) / q.out_channels);
+            const int64_t cuts = (pixels + most - 1) / most;
+            for (int64_t c = 0; c < cuts; c++) {
+                const int64_t first = c * pixels / cuts, here = (c + 1) * pixels / cuts - first;
+                const int64_t at = line * f.y_line + first * f.y_pixel;
+                if (far && g == 0) prefetch(f.x + (line + 1) * f.x_line + first * f.x_pixel + tall, here * q.channels);
+                sink.y = f.y + at;
+                sink.residual = f.residual ? f.residual + at : nullptr;
+                tile_for<T>(wide, static_cast<int>(here))(f.x + line * f.x_line + first * f.x_pixel, f.x_pixel,
+                                                          offset.data() + from, to - from, w + from * lanes, lanes, sink);
+            }
+        }
+    }
+
+    void run() {
+        plan();
+        const int64_t items = q.images * bands * parts;
+#pragma omp parallel num_threads(static_cast<int>(q.threads)) if (q.threads > 1 && items > 1)
+        {
+            std::vector<float> copied, lane_bias;
+            std::vector<int32_t> offset;
+            std::vector<Field<T>> fields;
+            int64_t held = -1;
+#pragma omp for schedule(dynamic, 1)
+            for (int64_t item = 0; item < items; item++) {
+                const int64_t unit = item / parts, part = item % parts, first = unit % bands * band;
+                if (held != unit)
+                    lay_out(unit / bands, first, std::min(band, q.out_height - first), copied, fields);
+                held = unit;
+                for (const Field<T>& f : fields)
+                    for (int64_t g = part_ptr[part]; g < part_ptr[part + 1]; g++) run_group(g, f, offset, lane_bias);
+            }
+        }
+    }
+};
+
+template <typename T>
+void run(const Problem* q, const void* x, void* y, const float* values, const int64_t* value_ptr,
+         const int32_t* columns, const int32_t* column_ptr, const int32_t* rows, const int32_t* row_ptr,
+         const void* bias, const void* residual) {
+    Convolution<T> convolution{*q,    static_cast<const T*>(x),    static_cast<T*>(y),
+                               values, value_ptr,                   columns,
+                               column_ptr, rows,                    row_ptr,
+                               static_cast<const T*>(bias), static_cast<const T*>(residual)};
+    convolution.run();
+}
+
+}  // namespace
+
+extern "C" {
+
+void fxsparse_shuffled_block_f32(const Problem* q, const void* x, void* y, const float* values,
+                                 const int64_t* value_ptr, const int32_t* columns, const int32_t* column_ptr,
+                                 const int32_t* rows, const int32_t* row_ptr, const void* bias, const void* residual) {
+    run<float>(q, x, y, values, value_ptr, columns, column_ptr, rows, row_ptr, bias, residual);
+}
+
+void fxsparse_shuffled_block_bf16(const Problem* q, const void* x, void* y, const float* values,
+                                  const int64_t* value_ptr, const int32_t* columns, const int32_t* column_ptr,
+                                  const int32_t* rows, const int32_t* row_ptr, const void* bias, const void* residual) {
+    run<BFloat16>(q, x, y, values, value_ptr, columns, column_ptr, rows, row_ptr, bias, residual);
+}
+}

@@ -1,0 +1,56 @@
+"""Calls `shuffled_block.cpp` on tensors."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxsparse.kernels.build import load
+
+# The order is that of `enum Activation` in the source.
+ACTIVATIONS = ("none", "relu", "relu6", "silu", "gelu", "hardswish")
+_NAMES = {torch.float32: "fxsparse_shuffled_block_f32", torch.bfloat16: "fxsparse_shuffled_block_bf16"}
+
+
+def run(
+    x: Tensor,
+    y: Tensor,
+    packed: Sequence[Tensor],
+    bias: Tensor | None,
+    residual: Tensor | None,
+    geometry: tuple[tuple[int, ...], ...],
+    activation: str,
+    isa: str | None = None,
+) -> None:
+    """Write y [N, OH, OW, O] for x [N, H, W, I], both contiguous, float32 or bfloat16; `values` are float32.
+
+    packed    values, value_ptr, columns, column_ptr, rows, row_ptr as fxsparse.formats.shuffled_block describes them
+    geometry  kernel, stride, padding, dilation, two ints each
+    bias and residual have the dtype of x. Output channels in no group are not written.
+    """
+    sizes = (*x.shape, *y.shape[1:], *(n for pair in geometry for n in pair), len(packed[5]) - 1,
+             ACTIVATIONS.index(activation), torch.get_num_threads())  # fmt: skip
+    values, value_ptr, columns, column_ptr, rows, row_ptr = packed
+    _function(x.dtype, isa)(
+        _problem(sizes), x.data_ptr(), y.data_ptr(), values.data_ptr(), value_ptr.data_ptr(), columns.data_ptr(),
+        column_ptr.data_ptr(), rows.data_ptr(), row_ptr.data_ptr(), bias.data_ptr() if bias is not None else None,
+        residual.data_ptr() if residual is not None else None,
+    )  # fmt: skip
+
+
+@functools.cache
+def _function(dtype: torch.dtype, isa: str | None) -> Callable[..., Any]:
+    function: Callable[..., Any] = getattr(load("shuffled_block", isa), _NAMES[dtype])
+    function.argtypes = [ctypes.c_void_p] * 11  # type: ignore[attr-defined]
+    function.restype = None  # type: ignore[attr-defined]
+    return function
+
+
+@functools.lru_cache(maxsize=4096)
+def _problem(sizes: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(sizes))(*sizes)

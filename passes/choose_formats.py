@@ -1,0 +1,62 @@
+"""For every weight the fastest way to store it: dense, or a format of `fxsparse.formats`.
+
+A format is chosen when the layer, timed alone on this machine with the rows as the format wants them, is faster than
+the dense layer by more than noise. Without a timer (a dry run) the number of stored elements decides instead, and the
+decision says so.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, fx
+
+from fxsparse.analysis.reasons import is_layer
+from fxsparse.formats import FORMATS, Format
+from fxsparse.ir.decision import Decision
+from fxsparse.ir.graph import get_tensor
+from fxsparse.passes.context import Context
+
+FASTER = 0.97  # less is noise
+MODELLED = 0.85  # of the dense work: the break-even that was measured for shuffled blocks is near 0.9
+FORMAT, GROUPS = "fxsparse_format", "fxsparse_row_groups"  # keys of node.meta
+
+
+def plan(gm: fx.GraphModule, ctx: Context) -> list[Decision]:
+    """One decision per layer and format that could store it."""
+    layers = [n for n in gm.graph.nodes if n.op == "call_function" and is_layer(n) and FORMAT not in n.meta]
+    return [_decide(gm, node, FORMATS[name], ctx) for node in layers for name in ctx.formats]
+
+
+def apply(gm: fx.GraphModule, decision: Decision) -> None:
+    """Note the format and its groups of rows on the node; `lower_formats` carries it out."""
+    node = cast(fx.Node, decision.data["node"])
+    node.meta[FORMAT] = decision.data["format"]
+    node.meta[GROUPS] = decision.data["groups"]
+
+
+def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Decision:
+    name = str(cast(fx.Node, node.args[1]).target)
+    what = f"store as {fmt.name}"
+    weight = get_tensor(gm, name)
+    why = fmt.why_not(node, weight)
+    if why:
+        return Decision("choose_formats", name, what, why, False)
+    packed = fmt.pack(weight)
+    share = packed.nse / weight.numel()
+    if share >= 1:
+        return Decision("choose_formats", name, what, f"its blocks would hold {share:.0%} of the weight", False)
+    data = {"node": node, "format": fmt.name, "groups": packed.row_groups, "packed": packed}
+    if ctx.time_format is None or ctx.time_layer is None or ctx.force_formats:
+        accepted = share < MODELLED or ctx.force_formats
+        return Decision("choose_formats", name, what, f"{share:.0%} of the work, not timed", accepted, data)
+    dense_us = ctx.time_layer(node, *_widths(weight)) * 1e6
+    sparse_us = ctx.time_format(node, packed) * 1e6
+    faster = sparse_us < FASTER * dense_us
+    why = f"{share:.0%} of the work: {sparse_us:.0f} us, dense {dense_us:.0f} us"
+    data |= {"dense_us": dense_us, "sparse_us": sparse_us}
+    return Decision("choose_formats", name, what, why, faster, data)
+
+
+def _widths(weight: Tensor) -> tuple[int, int]:
+    return weight.shape[0], weight.shape[1]
