@@ -132,7 +132,7 @@ def test_the_report_counts_what_changed() -> None:
     assert (layer.density_before, layer.density_after) == (0.5, 0.5)
     assert layer.l1_kept == pytest.approx(6 / 6.5)
     assert layer.l2_kept == pytest.approx(14 / 14.25)
-    assert re.search(r"w\s+2 of 4\s+0\.500\s+0\.500\s+92\.3%\s+98\.2%\s+1\s+1$", str(found))
+    assert re.search(r"w\s+2 of 4\s+1\s+0\.500\s+0\.500\s+92\.3%\s+98\.2%\s+1\s+1$", str(found))
 
 
 @pytest.mark.parametrize(

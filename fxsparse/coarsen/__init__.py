@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from fxsparse.coarsen.refill import Coarsened, Layer, refill
+from fxsparse.coarsen.cost import Cost
+from fxsparse.coarsen.partition import partition
+from fxsparse.coarsen.refill import refill
+from fxsparse.coarsen.report import Coarsened, Layer, RowGroup
 from fxsparse.coarsen.with_batch_norm import with_batch_norm
 
-__all__ = ["Coarsened", "Layer", "refill", "with_batch_norm"]
+__all__ = ["Coarsened", "Cost", "Layer", "RowGroup", "partition", "refill", "with_batch_norm"]

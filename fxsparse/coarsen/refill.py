@@ -11,51 +11,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
-from fxsparse.errors import InputError, MaskError, near
+from fxsparse.coarsen.given import layers_of
+from fxsparse.coarsen.report import Coarsened, RowGroup, describe
+from fxsparse.errors import InputError, near
 from fxsparse.ir.masks import Masks
 
 CRITERIA = ("l1", "count")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What Refill did to one weight.
-
-    rows, rows_kept  output channels, and how many of them are kept
-    density_*        fraction of the weights kept
-    l1_kept          share of the sum of |w| over the weights the given mask keeps that is still kept, 0 to 1
-    l2_kept          the same of the sum of w^2
-    added, removed   mask entries that changed: False to True, True to False
-    """
-
-    name: str
-    rows: int
-    rows_kept: int
-    density_before: float
-    density_after: float
-    l1_kept: float
-    l2_kept: float
-    added: int
-    removed: int
-
-
-@dataclass(frozen=True)
-class Coarsened:
-    """The new masks and, per layer, what changed. `str()` is a table."""
-
-    masks: Masks
-    layers: tuple[Layer, ...]
-
-    def __str__(self) -> str:
-        header = ("weight", "rows kept", "density", "after", "|w| kept", "w^2 kept", "added", "removed")
-        return str(tabulate([_cells(layer) for layer in self.layers], header, disable_numparse=True))
 
 
 def refill(
@@ -81,16 +47,16 @@ def refill(
     or infinite; MaskError on a mask that fits no weight.
     """
     _check_options(criterion, extra, round_to)
-    found: dict[str, Tensor] = {}
-    layers = []
-    for name, mask in Masks(masks).items():
-        found[name] = mask
-        if mask.dim() >= 2 and mask.numel():
-            weight = _weight(name, mask, weights)
-            keep = _row_budget(mask, extra, round_to)
-            found[name] = _whole_rows(weight, mask, criterion, keep)
-            layers.append(_layer(name, weight, mask, found[name]))
-    return Coarsened(Masks(found), tuple(layers))
+    given = Masks(masks)
+    found: dict[str, Tensor] = dict(given)
+    layers, groups = [], {}
+    for name, weight, mask in layers_of(weights, given):
+        chosen = _best_rows(weight, mask, criterion, _row_budget(mask, extra, round_to))
+        found[name] = torch.zeros_like(mask)
+        found[name][chosen] = True
+        groups[name] = (RowGroup(chosen, torch.arange(mask[0].numel())),)
+        layers.append(describe(name, weight, mask, found[name], groups[name]))
+    return Coarsened(Masks(found), tuple(layers), groups)
 
 
 def _row_budget(mask: Tensor, extra: float, round_to: int) -> int:
@@ -101,76 +67,12 @@ def _row_budget(mask: Tensor, extra: float, round_to: int) -> int:
     return min(rows, -(-keep // round_to) * round_to)
 
 
-def _whole_rows(weight: Tensor, mask: Tensor, criterion: str, keep: int) -> Tensor:
-    """The mask [O, ...] of the `keep` most important rows."""
+def _best_rows(weight: Tensor, mask: Tensor, criterion: str, keep: int) -> Tensor:
+    """The `keep` most important rows, int64, ascending, on the CPU."""
     values = mask if criterion == "count" else weight.abs() * mask
     # float64, so that the order does not hang on the order of summation
     importance = values.flatten(1).sum(1, dtype=torch.float64)
-    chosen = importance.argsort(descending=True, stable=True)[:keep]
-    refilled = torch.zeros_like(mask)
-    refilled[chosen] = True
-    return refilled
-
-
-def _layer(name: str, weight: Tensor, mask: Tensor, refilled: Tensor) -> Layer:
-    both = mask & refilled
-    return Layer(
-        name=name,
-        rows=mask.shape[0],
-        rows_kept=int(refilled.flatten(1).any(1).sum()),
-        density_before=int(mask.sum()) / mask.numel(),
-        density_after=int(refilled.sum()) / mask.numel(),
-        l1_kept=_share(weight.abs(), both, mask),
-        l2_kept=_share(weight.double().square(), both, mask),
-        added=int((refilled & ~mask).sum()),
-        removed=int((mask & ~refilled).sum()),
-    )
-
-
-def _share(values: Tensor, part: Tensor, whole: Tensor) -> float:
-    """Sum over `part` divided by the sum over `whole`; 1.0 when there was nothing to lose."""
-    total = float((values * whole).sum(dtype=torch.float64))
-    return float((values * part).sum(dtype=torch.float64)) / total if total else 1.0
-
-
-def _cells(layer: Layer) -> tuple[str, ...]:
-    return (
-        layer.name,
-        f"{layer.rows_kept} of {layer.rows}",
-        f"{layer.density_before:.3f}",
-        f"{layer.density_after:.3f}",
-        f"{layer.l1_kept:.1%}",
-        f"{layer.l2_kept:.1%}",
-        str(layer.added),
-        str(layer.removed),
-    )
-
-
-def _weight(name: str, mask: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    if name not in weights:
-        raise MaskError(
-            f"mask for {name!r}",
-            expected="the name of one of the weights",
-            got=f"a name that is not among the {len(weights)} weights",
-            do=near(name, weights) or "Give the weight too, or leave its mask out and add it to the result.",
-        )
-    weight = weights[name].detach().to(mask.device)
-    if weight.shape != mask.shape:
-        raise MaskError(
-            f"mask for {name!r}",
-            expected=f"the weight's shape {tuple(weight.shape)}",
-            got=str(tuple(mask.shape)),
-            do="A mask is one bool per weight, True = kept.",
-        )
-    wrong = int((~weight.isfinite()).sum())
-    if wrong:
-        raise InputError(
-            f"weight {name!r}",
-            expected="finite numbers",
-            got=f"{wrong} NaN or infinite of {weight.numel()}",
-            do="Training has diverged: lower the learning rate or use an earlier checkpoint.",
-        )
-    return weight
+    return importance.argsort(descending=True, stable=True)[:keep].sort().values.cpu()
 
 
 def _check_options(criterion: str, extra: float, round_to: int) -> None:

@@ -1,0 +1,74 @@
+"""What the user gave: weights that fit their masks, and which masks can be coarsened at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from fxsparse.errors import InputError, MaskError, near
+from fxsparse.ir.masks import Masks
+
+
+def layers_of(weights: Mapping[str, Tensor], masks: Masks) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, weight and mask of every mask with rows and columns. Raises MaskError, InputError: see `weight_of`."""
+    for name, mask in masks.items():
+        if mask.dim() >= 2 and mask.numel():
+            yield name, weight_of(name, mask, weights), mask
+
+
+def weight_of(name: str, mask: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    """The weight of a mask, on its device. MaskError when there is none of that shape, InputError on NaN, infinity."""
+    if name not in weights:
+        raise MaskError(
+            f"mask for {name!r}",
+            expected="the name of one of the weights",
+            got=f"a name that is not among the {len(weights)} weights",
+            do=near(name, weights) or "Give the weight too, or leave its mask out and add it to the result.",
+        )
+    weight = weights[name].detach().to(mask.device)
+    if weight.shape != mask.shape:
+        raise MaskError(
+            f"mask for {name!r}",
+            expected=f"the weight's shape {tuple(weight.shape)}",
+            got=str(tuple(mask.shape)),
+            do="A mask is one bool per weight, True = kept.",
+        )
+    wrong = int((~weight.isfinite()).sum())
+    if wrong:
+        raise InputError(
+            f"weight {name!r}",
+            expected="finite numbers",
+            got=f"{wrong} NaN or infinite of {weight.numel()}",
+            do="Training has diverged: lower the learning rate or use an earlier checkpoint.",
+        )
+    return weight
+
+
+def energy_of(weight: Tensor, mask: Tensor) -> Tensor:
+    """w^2 where the mask keeps it, scaled to a mean of 1, as float32 [O, n] on the CPU; the mask itself if all w are 0.
+
+    The scale keeps squares of weights below 1e-19 from vanishing; nothing here depends on it otherwise.
+    """
+    kept = torch.where(mask, weight, 0).flatten(1).cpu().double().square()
+    mean = kept.mean()
+    return (kept / mean).float() if mean > 0 else mask.flatten(1).cpu().float()
+
+
+def why_not(mask: Tensor) -> str:
+    """Why no rows of this weight can share columns; "" when they can. mask [O, I, ...]"""
+    if mask.dim() > 2 and mask.shape[1] == 1:
+        return "kept as it was: one input channel per row, as in a depthwise convolution, so rows share no columns"
+    return ""
+
+
+def check_rows(name: str, rows: int) -> None:
+    """Raises InputError unless `rows` is a positive whole number."""
+    if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
+        raise InputError(
+            f"{name} {rows!r}",
+            expected="a positive number of rows",
+            got=repr(rows),
+            do="32 or 64 suit a CPU with wide vectors; 64 or 128 suit tensor cores.",
+        )
