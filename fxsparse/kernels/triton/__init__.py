@@ -1,0 +1,179 @@
+"""Shuffled block convolution and linear on a GPU, in Triton. Importing this does not import Triton; a call does.
+
+Status: run in Triton's interpreter and compiled for sm_80 and sm_90; NOT run on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fxsparse.errors import InputError, TargetError, near
+
+Pair = tuple[int, int]
+WHERE = "shuffled block kernel for CUDA"
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda z: z, "relu": F.relu, "relu6": F.relu6, "silu": F.silu, "gelu": F.gelu, "hardswish": F.hardswish,
+}  # fmt: skip
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+PACKED = {"rows": torch.int32, "row_ptr": torch.int32, "columns": torch.int32, "column_ptr": torch.int32,
+          "values": None, "value_ptr": torch.int64}  # fmt: skip
+
+
+class Tiles(NamedTuple):
+    """How a GPU cuts the work: powers of two, the first three at least 16.
+
+    pixels, rows   a program's tile of the output
+    columns        kept columns that are gathered and multiplied at a time
+    warps, stages  of a program, and of its software pipeline
+    """
+
+    pixels: int
+    rows: int
+    columns: int
+    warps: int = 4
+    stages: int = 3
+
+
+def shuffled_block_conv2d(
+    x: Tensor, rows: Tensor, row_ptr: Tensor, columns: Tensor, column_ptr: Tensor, values: Tensor, value_ptr: Tensor,
+    bias: Tensor | None = None, residual: Tensor | None = None, activation: str = "none", *,
+    kernel: Pair, out_channels: int, stride: Pair = (1, 1), padding: Pair = (0, 0), dilation: Pair = (1, 1),
+    tiles: Tiles | Literal["autotune"] | None = None,
+) -> Tensor:  # fmt: skip
+    """activation(conv2d(x, the packed weight) + bias + residual), NHWC, ungrouped, zero padded, for inference.
+
+    x           [N, H, W, I], contiguous, float16, bfloat16 or float32; sums are float32, and float32 is multiplied in
+                tf32 only when torch.backends.cuda.matmul.allow_tf32 says so
+    rows        [packed rows] int32, the output channel of each; group g holds rows[row_ptr[g]:row_ptr[g + 1]]
+    columns     [sum K_g] int32, flat indices into [kH, kW, I]; group g keeps columns[column_ptr[g]:column_ptr[g + 1]]
+    values      [sum K_g * L_g], dtype of x, L_g = the group's rows rounded up to 16; group g is a row-major [K_g, L_g]
+                from value_ptr[g] on
+    row_ptr, column_ptr  [G + 1] int32; value_ptr  [G + 1] int64
+    bias        [O], any float dtype
+    residual    [N, OH, OW, O], contiguous, any float dtype
+    activation  a key of ACTIVATIONS; gelu is the exact one
+    tiles       None: by rule; "autotune": the fastest of a short list, timed once for each shape
+    Returns [N, OH, OW, O] in the dtype of x.
+
+    Assumed, because looking at it would wait for the device; who packs has checked it: indices are in range, pointers
+    ascend from 0 to the lengths, value_ptr is made of multiples of 16, no output channel is packed twice. A group may
+    have any number of rows and no columns. Channels in no group are written by torch first, in a pass of their own
+    over y: a group without columns is the cheaper way to pack them.
+    Raises InputError for an argument that does not fit, TargetError without Triton or a device.
+    """
+    packed = (rows, row_ptr, columns, column_ptr, values, value_ptr)
+    _check_packed(x, packed)
+    shape = _output_shape(x, kernel, stride, padding, dilation, out_channels)
+    _check_epilogue(x, bias, residual, activation, shape)
+    kernels = _load(x)
+    if 0 in shape:
+        return x.new_empty(shape)
+    if rows.numel() < out_channels:
+        y = _without_rows(x.new_zeros(shape), bias, residual, activation)
+    else:
+        y = x.new_empty(shape)
+    if rows.numel():
+        kernels.launch(x, packed, bias, residual, y, activation, kernel, stride, padding, dilation, tiles)
+    return y
+
+
+def shuffled_block_linear(
+    x: Tensor, rows: Tensor, row_ptr: Tensor, columns: Tensor, column_ptr: Tensor, values: Tensor, value_ptr: Tensor,
+    bias: Tensor | None = None, residual: Tensor | None = None, activation: str = "none", *,
+    out_features: int, tiles: Tiles | Literal["autotune"] | None = None,
+) -> Tensor:  # fmt: skip
+    """activation(linear(x, the packed weight) + bias + residual) for x [..., I]: a 1x1 convolution of 1x1 images.
+
+    residual [..., O]; the rest is as for `shuffled_block_conv2d`. Returns [..., O].
+    """
+    if residual is not None:
+        _check_shape("residual", residual, (*x.shape[:-1], out_features), x.device)
+    y = shuffled_block_conv2d(
+        x.reshape(-1, 1, 1, x.shape[-1]), rows, row_ptr, columns, column_ptr, values, value_ptr, bias,
+        None if residual is None else residual.reshape(-1, 1, 1, out_features), activation,
+        kernel=(1, 1), out_channels=out_features, tiles=tiles,
+    )  # fmt: skip
+    return y.reshape(*x.shape[:-1], out_features)
+
+
+def _without_rows(y: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
+    """What an output channel without weights is, everywhere, so that only packed rows are left to write."""
+    z = y.float()
+    for term in (bias, residual):
+        z = z if term is None else z + term
+    return ACTIVATIONS[activation](z).to(y.dtype)
+
+
+def _load(x: Tensor) -> Any:
+    """The module with the kernels. Raises TargetError when Triton is not installed or cannot run where `x` is."""
+    try:
+        from fxsparse.kernels.triton import shuffled_block
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        do = "Install a build of torch for CUDA, which brings it, or run on the CPU."
+        raise TargetError(WHERE, expected="the package triton", got="none installed", do=do) from None
+    if x.device.type != "cuda" and not shuffled_block.INTERPRETED:
+        do = "Move the tensors, or set TRITON_INTERPRET=1 before Triton is first imported."
+        raise TargetError(WHERE, expected="x on a CUDA device", got=f"x on {x.device}", do=do)
+    return shuffled_block
+
+
+def _check_packed(x: Tensor, packed: tuple[Tensor, ...]) -> None:
+    if x.dim() != 4 or x.dtype not in DTYPES or not x.is_contiguous():
+        do = "A channels_last tensor becomes one without a copy: x.permute(0, 2, 3, 1)."
+        raise InputError("x", expected="contiguous float16, bfloat16 or float32 [N, H, W, I]", got=_kind(x), do=do)
+    for (name, dtype), tensor in zip(PACKED.items(), packed, strict=True):
+        dtype = dtype or x.dtype
+        if tensor.dtype != dtype or tensor.dim() != 1 or not tensor.is_contiguous() or tensor.device != x.device:
+            do = "Pack the weight in the dtype and on the device of x."
+            raise InputError(name, expected=f"a contiguous {dtype} vector on {x.device}", got=_kind(tensor), do=do)
+    lengths = [packed[i].numel() for i in (1, 3, 5)]
+    if len(set(lengths)) > 1 or 0 in lengths:
+        do = "Each says where every group begins, and at last where the last one ends."
+        expected = "three vectors of length groups + 1"
+        raise InputError("row_ptr, column_ptr, value_ptr", expected=expected, got=f"lengths {lengths}", do=do)
+
+
+def _output_shape(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, channels: int) -> torch.Size:
+    """[N, OH, OW, O]. Raises InputError for a window that does not fit, or sizes beyond what the kernel counts with."""
+    if sum(kernel) > 63:
+        do = "Leave this layer dense."
+        raise InputError("kernel", expected="height + width of at most 63", got=f"{kernel}", do=do)
+    steps = zip(x.shape[1:3], kernel, stride, padding, dilation, strict=True)
+    sizes = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in steps]
+    if min(sizes) < 1:
+        do = f"x is {_kind(x)}, kernel {kernel}, padding {padding}, dilation {dilation}."
+        raise InputError("kernel", expected="a window that fits into the padded image", got=f"output {sizes}", do=do)
+    shape = torch.Size((x.shape[0], *sizes, channels))
+    if x.shape[1:].numel() >= 2**31 or shape[:3].numel() >= 2**31 - 2**10:
+        expected = "images of fewer than 2**31 elements, and fewer output pixels"
+        raise InputError("x", expected=expected, got=f"{_kind(x)} to {list(shape)}", do="Split the batch.")
+    return shape
+
+
+def _check_epilogue(x: Tensor, bias: Tensor | None, residual: Tensor | None, act: str, shape: torch.Size) -> None:
+    if act not in ACTIVATIONS:
+        do = near(act, ACTIVATIONS) or "Apply it to the result."
+        raise InputError("activation", expected=f"one of {', '.join(ACTIVATIONS)}", got=repr(act), do=do)
+    for name, tensor, wanted in (("bias", bias, shape[3:]), ("residual", residual, shape)):
+        if tensor is not None:
+            _check_shape(name, tensor, wanted, x.device)
+
+
+def _check_shape(name: str, tensor: Tensor, wanted: tuple[int, ...], device: torch.device) -> None:
+    fits = tensor.shape == wanted and tensor.is_contiguous() and tensor.device == device
+    if not fits or not tensor.is_floating_point():
+        expected = f"a contiguous float tensor {list(wanted)} on {device}"
+        do = "Its layout is that of the output: channels last."
+        raise InputError(name, expected=expected, got=_kind(tensor), do=do)
+
+
+def _kind(tensor: Tensor) -> str:
+    contiguous = "" if tensor.is_contiguous() else ", not contiguous"
+    return f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}{contiguous}"
