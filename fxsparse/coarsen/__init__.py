@@ -5,7 +5,19 @@ from __future__ import annotations
 from fxsparse.coarsen.cost import Cost
 from fxsparse.coarsen.partition import partition
 from fxsparse.coarsen.refill import refill
+from fxsparse.coarsen.regroup import regroup
 from fxsparse.coarsen.report import Coarsened, Layer, RowGroup
+from fxsparse.coarsen.shuffled_block import shuffled_block
 from fxsparse.coarsen.with_batch_norm import with_batch_norm
 
-__all__ = ["Coarsened", "Cost", "Layer", "RowGroup", "partition", "refill", "with_batch_norm"]
+__all__ = [
+    "Coarsened",
+    "Cost",
+    "Layer",
+    "RowGroup",
+    "partition",
+    "refill",
+    "regroup",
+    "shuffled_block",
+    "with_batch_norm",
+]

@@ -3,12 +3,13 @@
 per layer, groups g of R_g rows, c_gj = sum over the rows of g of the energy (w^2) of column j:
     maximize    sum_g sum_{j in S_g} c_gj
     subject to  sum_{g: S_g not empty} cost(R_g, |S_g|) <= budget
-With a price t per unit of cost, column j of g is worth taking when c_gj > t * (cost of one column), and the group worth
-opening when what its columns are worth beyond that pays for its overhead. Lowering t only adds, so t is bisected.
+Columns are taken by falling c_gj per cost while they fit. Starting a group costs too: the group that keeps the least
+for its cost is left out as long as the others, given its share, keep more than all did.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,15 +58,41 @@ def best_columns(energy: Tensor, rows: Tensor, budget: float, cost: Cost = WEIGH
     Of equal worth the lower group, then the lower column comes first.
     """
     each = cost.per_column(rows)
-    rate = energy.double() / each[:, None]
-    order = rate.flatten().argsort(descending=True, stable=True)[: int((rate > 0).sum())]
-    low, high = 0, len(order)  # the first `low` fit
-    while low < high:
-        middle = (low + high + 1) // 2
-        taken = _taken(rate, order, middle, cost.overhead_columns)
-        fits = cost.total(rows, taken.sum(1)) <= budget
-        low, high = (middle, high) if fits else (low, middle - 1)
-    return _taken(rate, order, low, cost.overhead_columns)
+    rate = (energy.double() / each[:, None]).flatten()
+    order = rate.argsort(descending=True, stable=True)[: int((rate > 0).sum())]
+    group, column = order // energy.shape[1], order % energy.shape[1]
+
+    def fill(opened: Tensor) -> tuple[Tensor, float]:
+        left = budget - float(each[opened].sum()) * cost.overhead_columns
+        spent = torch.where(opened[group], each[group], 0.0).cumsum(0)
+        fits = opened[group] & (spent <= left)
+        taken = torch.zeros(energy.shape, dtype=torch.bool)
+        taken[group[fits], column[fits]] = True
+        return taken, float(energy[taken].sum(dtype=torch.float64))
+
+    if not cost.overhead_columns:
+        return fill(torch.ones(len(rows), dtype=torch.bool))[0]
+    return _without_the_poorest(energy, rows, cost, fill)
+
+
+def _without_the_poorest(
+    energy: Tensor, rows: Tensor, cost: Cost, fill: Callable[[Tensor], tuple[Tensor, float]]
+) -> Tensor:
+    """What `fill` takes of all groups, or of fewer when that keeps as much."""
+    opened = torch.ones(len(rows), dtype=torch.bool)
+    taken, kept = fill(opened)
+    while int(opened.sum()) > 1:
+        gain = (energy * taken).sum(1)
+        fewer = opened & (gain > 0)
+        if not bool(fewer.any()) or bool((fewer == opened).all()):  # too dear together, or all of them in use
+            worth = gain / (cost.per_column(rows) * (taken.sum(1) + cost.overhead_columns)) if kept else energy.amax(1)
+            fewer = opened.clone()
+            fewer[worth.masked_fill(~opened, torch.inf).argmin()] = False
+        now, more = fill(fewer)
+        if more < kept:
+            break
+        opened, taken, kept = fewer, now, more
+    return taken
 
 
 def price(energy: Tensor, rows: Tensor, budget: float) -> float:
@@ -74,15 +101,3 @@ def price(energy: Tensor, rows: Tensor, budget: float) -> float:
     spent = rows.repeat_interleave(energy.shape[1])[order].cumsum(0)
     last = int((spent <= budget).sum())
     return float(rate[last]) if last < len(rate) else 0.0
-
-
-def _taken(rate: Tensor, order: Tensor, first: int, overhead: float) -> Tensor:
-    """The `first` best columns, without those of groups that do not pay for their overhead."""
-    taken = torch.zeros(rate.numel(), dtype=torch.bool)
-    taken[order[:first]] = True
-    taken = taken.view_as(rate)
-    if first and overhead:
-        lowest = rate.flatten()[order[first - 1]]
-        worth = ((rate - lowest) * taken).sum(1)
-        taken &= (worth >= lowest * overhead)[:, None]
-    return taken

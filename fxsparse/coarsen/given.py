@@ -10,6 +10,8 @@ from torch import Tensor
 from fxsparse.errors import InputError, MaskError, near
 from fxsparse.ir.masks import Masks
 
+Density = float | Mapping[str, float] | None
+
 
 def layers_of(weights: Mapping[str, Tensor], masks: Masks) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Name, weight and mask of every mask with rows and columns. Raises MaskError, InputError: see `weight_of`."""
@@ -56,13 +58,6 @@ def energy_of(weight: Tensor, mask: Tensor) -> Tensor:
     return (kept / mean).float() if mean > 0 else mask.flatten(1).cpu().float()
 
 
-def why_not(mask: Tensor) -> str:
-    """Why no rows of this weight can share columns; "" when they can. mask [O, I, ...]"""
-    if mask.dim() > 2 and mask.shape[1] == 1:
-        return "kept as it was: one input channel per row, as in a depthwise convolution, so rows share no columns"
-    return ""
-
-
 def check_rows(name: str, rows: int) -> None:
     """Raises InputError unless `rows` is a positive whole number."""
     if isinstance(rows, bool) or not isinstance(rows, int) or rows < 1:
@@ -72,3 +67,29 @@ def check_rows(name: str, rows: int) -> None:
             got=repr(rows),
             do="32 or 64 suit a CPU with wide vectors; 64 or 128 suit tensor cores.",
         )
+
+
+def budget_of(name: str, mask: Tensor, density: Density) -> int:
+    """Weights to keep, rounded down so that the density is never exceeded."""
+    own = density.get(name) if isinstance(density, Mapping) else density
+    return int(mask.sum()) if own is None else int(own * mask.numel() + 1e-6)
+
+
+def check_density(density: Density, masks: Masks) -> None:
+    """Raises MaskError on a name without a mask, InputError unless 0 <= density <= 1."""
+    by_name = density if isinstance(density, Mapping) else {} if density is None else {"density": density}
+    for name, value in by_name.items():
+        if isinstance(density, Mapping) and name not in masks:
+            raise MaskError(
+                f"density of {name!r}",
+                expected="the name of one of the masks",
+                got=f"a name that is not among the {len(masks)} masks",
+                do=near(name, masks) or "Leave it out: a layer without a density keeps that of its mask.",
+            )
+        if not 0 <= value <= 1:
+            raise InputError(
+                f"density {value!r}",
+                expected="a fraction of weights to keep, 0 <= density <= 1",
+                got=repr(value),
+                do="density = 1 - sparsity; leave it out to keep as many weights as the mask does.",
+            )

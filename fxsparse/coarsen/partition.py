@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from fxsparse.coarsen.cost import best_columns
-from fxsparse.coarsen.given import check_rows, energy_of, layers_of, why_not
-from fxsparse.coarsen.report import Coarsened, RowGroup, describe, union
+from fxsparse.coarsen.each_layer import each_layer, where_columns_are_shared
+from fxsparse.coarsen.given import Density, budget_of, check_density, check_rows, energy_of
+from fxsparse.coarsen.report import Coarsened, RowGroup
 from fxsparse.coarsen.swaps import by_energy, group_energy, improve
-from fxsparse.errors import InputError, MaskError, near
 from fxsparse.ir.masks import Masks
-
-Density = float | Mapping[str, float] | None
 
 
 def partition(
@@ -26,7 +24,7 @@ def partition(
     *,
     group_rows: int = 32,
     density: Density = None,
-    sweeps: int = 40,
+    sweeps: int = 24,
 ) -> Coarsened:
     """Row groups of `group_rows` rows that each keep a list of columns of their own, chosen for the largest sum of w^2.
 
@@ -44,15 +42,12 @@ def partition(
     """
     check_rows("group_rows", group_rows)
     given = Masks(masks)
-    _check_density(density, given)
-    found: dict[str, Tensor] = dict(given)
-    layers, groups = [], {}
-    for name, weight, mask in layers_of(weights, given):
-        fallback = why_not(mask)
-        groups[name] = () if fallback else _groups(weight, mask, group_rows, _budget(name, mask, density), sweeps)
-        found[name] = mask if fallback else union(groups[name], mask)
-        layers.append(describe(name, weight, mask, found[name], groups[name], fallback))
-    return Coarsened(Masks(found), tuple(layers), groups)
+    check_density(density, given)
+
+    def rule(name: str, weight: Tensor, mask: Tensor) -> tuple[tuple[RowGroup, ...], str]:
+        return _groups(weight, mask, group_rows, budget_of(name, mask, density), sweeps), ""
+
+    return each_layer(weights, given, where_columns_are_shared(rule))
 
 
 def _groups(weight: Tensor, mask: Tensor, group_rows: int, budget: int, sweeps: int) -> tuple[RowGroup, ...]:
@@ -75,28 +70,3 @@ def with_best_columns(energy: Tensor, labels: Tensor, sizes: Tensor, budget: int
     return tuple(
         RowGroup((labels == g).nonzero().flatten(), columns.nonzero().flatten()) for g, columns in enumerate(taken)
     )
-
-
-def _budget(name: str, mask: Tensor, density: Density) -> int:
-    """Weights to keep, rounded down so that the density is never exceeded."""
-    own = density.get(name) if isinstance(density, Mapping) else density
-    return int(mask.sum()) if own is None else int(own * mask.numel() + 1e-6)
-
-
-def _check_density(density: Density, masks: Masks) -> None:
-    by_name = density if isinstance(density, Mapping) else {} if density is None else {"density": density}
-    for name, value in by_name.items():
-        if isinstance(density, Mapping) and name not in masks:
-            raise MaskError(
-                f"density of {name!r}",
-                expected="the name of one of the masks",
-                got=f"a name that is not among the {len(masks)} masks",
-                do=near(name, masks) or "Leave it out: a layer without a density keeps that of its mask.",
-            )
-        if not 0 <= value <= 1:
-            raise InputError(
-                f"density {value!r}",
-                expected="a fraction of weights to keep, 0 <= density <= 1",
-                got=repr(value),
-                do="density = 1 - sparsity; leave it out to keep as many weights as the mask does.",
-            )

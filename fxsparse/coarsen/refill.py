@@ -16,8 +16,8 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from fxsparse.coarsen.given import layers_of
-from fxsparse.coarsen.report import Coarsened, RowGroup, describe
+from fxsparse.coarsen.each_layer import each_layer
+from fxsparse.coarsen.report import Coarsened, RowGroup
 from fxsparse.errors import InputError, near
 from fxsparse.ir.masks import Masks
 
@@ -47,16 +47,12 @@ def refill(
     or infinite; MaskError on a mask that fits no weight.
     """
     _check_options(criterion, extra, round_to)
-    given = Masks(masks)
-    found: dict[str, Tensor] = dict(given)
-    layers, groups = [], {}
-    for name, weight, mask in layers_of(weights, given):
-        chosen = _best_rows(weight, mask, criterion, _row_budget(mask, extra, round_to))
-        found[name] = torch.zeros_like(mask)
-        found[name][chosen] = True
-        groups[name] = (RowGroup(chosen, torch.arange(mask[0].numel())),)
-        layers.append(describe(name, weight, mask, found[name], groups[name]))
-    return Coarsened(Masks(found), tuple(layers), groups)
+
+    def rule(name: str, weight: Tensor, mask: Tensor) -> tuple[tuple[RowGroup, ...], str]:
+        rows = _best_rows(weight, mask, criterion, _row_budget(mask, extra, round_to))
+        return (RowGroup(rows, torch.arange(mask[0].numel())),), ""
+
+    return each_layer(weights, Masks(masks), rule)
 
 
 def _row_budget(mask: Tensor, extra: float, round_to: int) -> int:

@@ -20,7 +20,8 @@ from torch import Tensor
 from fxsparse.coarsen.cost import price
 
 _BUFFER = 1 << 18  # elements that stay in a core's second cache
-_WORK = 1 << 31  # elements of [O, G, n] in one sweep; beyond it a sample of the columns decides
+_WORK = 1 << 29  # elements of [O, G, n] in one sweep; beyond it a sample of the columns decides
+_LEAST = 2e-4  # a round that keeps less than this share more swaps fewer rows the next time
 
 
 def by_energy(energy: Tensor, sizes: Tensor) -> Tensor:
@@ -47,16 +48,16 @@ def improve(energy: Tensor, labels: Tensor, sizes: Tensor, budget: float, sweeps
         return labels
     energy, share = _sample(energy, groups)
     kept, sums, worth = _state(energy, labels, sizes, budget * share)
-    at_once = max(1, int(sizes.max()) // 8)
+    at_once = max(1, int(sizes.max()) // 2)
     for _ in range(sweeps):
         swapped = _swap(_gains(energy, sums, labels, sizes, worth), labels, groups, at_once)
         new_kept, new_sums, new_worth = _state(energy, swapped, sizes, budget * share)
-        if new_kept > kept * (1 + 1e-4):
-            kept, sums, worth, labels = new_kept, new_sums, new_worth, swapped
-        elif at_once == 1:
-            break
-        else:
+        if new_kept < kept * (1 + _LEAST):
             at_once //= 2
+        if new_kept > kept:
+            kept, sums, worth, labels = new_kept, new_sums, new_worth, swapped
+        if not at_once:
+            break
     return labels
 
 
@@ -100,7 +101,8 @@ def _swap(gains: Tensor, labels: Tensor, groups: int, at_once: int) -> Tensor:
     best, rows = _best_leavers(gain, labels, groups, at_once)
     pair = best + best.transpose(0, 1)  # [G, G, at_once]: the k-th best of g to h with the k-th best of h to g
     pair = torch.where(torch.ones(groups, groups).triu(1).bool()[..., None], pair, -torch.inf).flatten()
-    order = pair.argsort(descending=True, stable=True)[: int((pair > 0).sum())]
+    few = min(int((pair > 0).sum()), 8 * groups * at_once)  # the others hardly ever get their turn
+    order = pair.argsort(descending=True, stable=True)[:few]
     swapped, left, moved = labels.clone(), [at_once] * groups, set()
     for at in order.tolist():
         g, h, k = at // (groups * at_once), at // at_once % groups, at % at_once
