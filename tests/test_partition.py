@@ -61,15 +61,17 @@ def test_shuffled_blocks_are_found_again() -> None:
     assert coarse.layers[0].l2_kept > 0.4  # two lists of columns have to share one
 
 
-@pytest.mark.parametrize("seed", range(6))
-def test_no_grouping_of_a_small_layer_keeps_much_more(seed: int) -> None:
-    energy = torch.rand(6, 8, generator=torch.Generator().manual_seed(seed)).pow(3)
-    sizes, budget = torch.tensor([2, 2, 2]), 16
-    labels = improve(energy, by_energy(energy, sizes), sizes, budget, 20)
+def test_swaps_come_close_to_the_best_of_all_groupings() -> None:
+    sizes, budget, share = torch.tensor([2, 2, 2]), 16, []
     every = [torch.tensor(each) for each in sorted(set(itertools.permutations([0, 0, 1, 1, 2, 2])))]
-    found = sorted(kept(energy, each, sizes, budget) for each in every)
-    assert kept(energy, labels, sizes, budget) >= 0.85 * found[-1]
-    assert kept(energy, labels, sizes, budget) >= found[int(0.6 * len(found))]
+    for seed in range(8):
+        energy = torch.rand(6, 8, generator=torch.Generator().manual_seed(seed)).pow(3)
+        start = by_energy(energy, sizes)
+        labels = improve(energy, start, sizes, budget, 20)
+        assert kept(energy, labels, sizes, budget) >= kept(energy, start, sizes, budget)
+        best = max(kept(energy, each, sizes, budget) for each in every)
+        share.append(kept(energy, labels, sizes, budget) / best)
+    assert sum(share) / len(share) > 0.94
 
 
 def kept(energy: Tensor, labels: Tensor, sizes: Tensor, budget: float) -> float:
