@@ -264,6 +264,18 @@ def test_not_a_number_comes_through_as_it_does_in_torch(run: Run, activation: st
     assert run(nan_through, activation)
 
 
+def infinity_unread(device: str) -> bool:
+    x, weight = torch.ones(1, 2, 2, 8), torch.ones(16, 8)
+    x[..., 0] = torch.inf
+    packed = pack([(torch.arange(16), torch.arange(1, 6))], weight)
+    y = shuffled_block_conv2d(*(t.to(device) for t in (x, *packed)), kernel=(1, 1), out_channels=16)
+    return bool((y == 5).all())
+
+
+def test_an_infinity_that_no_group_reads_stays_out_of_the_padding_of_a_tile(run: Run) -> None:
+    assert run(infinity_unread)
+
+
 def compiled(cache: str, dtype: str, precision: str, capability: int) -> str:
     """PTX for a device that need not be here: the interpreter knows nothing of types, layouts or tensor cores."""
     import triton
