@@ -106,7 +106,7 @@ def _round_widths(gm: fx.GraphModule, facts: Facts, layout: Layout, ctx: Context
         touched = [n for n in layers if {(n.args[1], 0), (n.args[1], 1)} & set(space)]
         if kept not in (0, rounded) and touched and _faster(touched, space, rounded, layout, ctx):
             extra = (~layout.kept[node][dim]).nonzero().flatten()[: rounded - kept]
-            mask = torch.zeros(size, dtype=torch.bool)
+            mask = torch.zeros(size, dtype=torch.bool, device="cpu")
             mask[extra] = True
             layout.grow(node, dim, mask, f"rounded up to {rounded}: measured faster")
             close(gm, facts, layout)

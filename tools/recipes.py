@@ -50,12 +50,12 @@ def dead_rows(model: nn.Module, *, sparsity: float, seed: int) -> dict[str, Tens
     Each layer chooses for itself, so where layers are added few sums are dead. The classifier is left alone.
     """
     numbering = separate_channels(model)
-    return _mask_channels(model, numbering, _random_channels(numbering, _weights(model), sparsity, seed))
+    return _mask_channels(model, numbering, _random_channels(numbering, masked_layers(model), sparsity, seed))
 
 
 def dead_rows_alive_bias(model: nn.Module, *, sparsity: float, seed: int) -> dict[str, Tensor]:
     """The weights of `dead_rows` alone: biases and batch norms stay, so dead channels are constants other than zero."""
-    weights = {f"{name}.weight" for name in _weights(model)}
+    weights = {f"{name}.weight" for name in masked_layers(model)}
     masks = dead_rows(model, sparsity=sparsity, seed=seed)
     return {name: mask for name, mask in masks.items() if name in weights}
 
@@ -66,7 +66,7 @@ def dead_columns(model: nn.Module, *, sparsity: float, seed: int) -> dict[str, T
     After a flatten they are single columns of the linear layer; of a depthwise convolution they are its rows.
     """
     generator = torch.Generator().manual_seed(seed)
-    first, masks = _first_convolution(model), {}
+    first, masks = first_convolution(model), {}
     for name, layer in _layers(model).items():
         if name != first:
             masks[f"{name}.weight"] = _columns(layer, sparsity, generator)
@@ -76,7 +76,7 @@ def dead_columns(model: nn.Module, *, sparsity: float, seed: int) -> dict[str, T
 def coupled_rows(model: nn.Module, *, sparsity: float, seed: int) -> dict[str, Tensor]:
     """`dead_rows` with the same channels in all layers that are coupled: see `coupled_channels`."""
     numbering = coupled_channels(model)
-    return _mask_channels(model, numbering, _random_channels(numbering, _weights(model), sparsity, seed))
+    return _mask_channels(model, numbering, _random_channels(numbering, masked_layers(model), sparsity, seed))
 
 
 def unstructured(model: nn.Module, *, sparsity: float, seed: int) -> dict[str, Tensor]:
@@ -99,8 +99,8 @@ def refill_like(model: nn.Module, *, sparsity: float, seed: int, coupled: bool =
     """
     del seed
     numbering = coupled_channels(model) if coupled else separate_channels(model)
-    first = _first_convolution(model)
-    names = [n for n, layer in _weights(model).items() if n != first and not isinstance(layer, nn.Linear)]
+    first = first_convolution(model)
+    names = [n for n, layer in masked_layers(model).items() if n != first and not isinstance(layer, nn.Linear)]
     scores = _l1_norms(model, numbering)
     dead = [_weakest(channels, scores, sparsity) for channels in _spaces(numbering, names)]
     return _mask_channels(model, numbering, dead)
@@ -141,7 +141,7 @@ def randomize_batch_norm(model: nn.Module, seed: int) -> None:
 def separate_channels(model: nn.Module) -> Numbering:
     """Channels of their own for every convolution and hidden linear layer; the batch norm right after has the same."""
     numbering, start = {}, 0
-    for name, layer in _weights(model).items():
+    for name, layer in masked_layers(model).items():
         rows = layer.weight.shape[0]
         numbering[name] = torch.arange(start, start + rows)
         start += rows
@@ -170,7 +170,7 @@ class _Coupling(fx.Interpreter):
     def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
         super().__init__(fx.GraphModule(model, graph))
         self.own = separate_channels(model)
-        self.found = {name: self.own[name] for name in _weights(model)}
+        self.found = {name: self.own[name] for name in masked_layers(model)}
         self.parent = list(range(_highest(self.own) + 1))
 
     def numbering(self) -> Numbering:
@@ -249,14 +249,14 @@ def _batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     return {n: m for n, m in model.named_modules() if isinstance(m, _BatchNorm)}
 
 
-def _weights(model: nn.Module) -> dict[str, Layer]:
+def masked_layers(model: nn.Module) -> dict[str, Layer]:
     """Every convolution and linear layer but the classifier: the last of them, if it is linear."""
     layers = _layers(model)
     last = next(reversed(layers), None)
     return {name: m for name, m in layers.items() if name != last or not isinstance(m, nn.Linear)}
 
 
-def _first_convolution(model: nn.Module) -> str | None:
+def first_convolution(model: nn.Module) -> str | None:
     return next((n for n, layer in _layers(model).items() if not isinstance(layer, nn.Linear)), None)
 
 
@@ -306,7 +306,7 @@ def _highest(numbering: Numbering) -> int:
 
 def _l1_norms(model: nn.Module, numbering: Numbering) -> Tensor:
     """For each channel, the sum of l1 norms of the rows that are this channel. [highest number + 1] float64."""
-    layers = _weights(model)
+    layers = masked_layers(model)
     norms = torch.zeros(_highest(numbering) + 1, dtype=torch.float64)
     for name, layer in layers.items():
         rows = layer.weight.detach().flatten(1).abs().sum(1, dtype=torch.float64)

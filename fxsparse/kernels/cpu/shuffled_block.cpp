@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <numeric>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -24,16 +25,25 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, ACCUMULATORS = 28, WIDEST = 4;
+constexpr int LANES = 16, REGISTERS = 28, WIDEST = 4;
 #elif defined(__AVX__)
-constexpr int LANES = 8, ACCUMULATORS = 12, WIDEST = 2;
+constexpr int LANES = 8, REGISTERS = 12, WIDEST = 2;
 #else
-constexpr int LANES = 4, ACCUMULATORS = 12, WIDEST = 2;
+constexpr int LANES = 4, REGISTERS = 12, WIDEST = 2;
+#endif
+#ifdef FXSPARSE_FEW_TILES  // under sanitizers every tile takes seconds to compile
+constexpr int ACCUMULATORS = 4;
+#else
+constexpr int ACCUMULATORS = REGISTERS;  // of a tile: pixels x vectors of rows; the rest holds weights
 #endif
 constexpr int PADDED_TO = 16;               // lanes of a group are padded to this many, whatever the machine
 constexpr int64_t BAND_BYTES = 384 * 1024;    // of input and output, so that all groups find them in the second-level cache
 constexpr int64_t COPIED_BYTES = 192 * 1024;  // an image that small is copied with its padding
-constexpr int64_t CHAIN = 96;                // columns summed up in one go: rounding errors grow with the length
+constexpr int64_t CHAIN = 160;               // columns summed up in one go: rounding errors grow with the length
+constexpr int64_t CACHE_BYTES = 4096;         // of one way of the first-level cache
+constexpr int64_t CACHE_WAYS = 8;
+constexpr int64_t WEIGHT_BYTES = 256 * 1024;  // weights that few are read again for every line of pixels
+constexpr int64_t LONG_LINE = 56;             // pixels after which reading all weights again costs nothing
 constexpr int64_t LINE = 112;               // pixels of a line where there are no lines: 4 x 28, 8 x 14, 16 x 7
 
 typedef float Vec __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
@@ -68,8 +78,8 @@ inline Vec at_least(Vec v, float low) { return v < splat(low) ? splat(low) : v; 
 inline Vec at_most(Vec v, float high) { return v > splat(high) ? splat(high) : v; }
 
 // e^v by 2^n * p(r), |r| <= ln(2) / 2: Cephes' expf, 2 units in the last place.
-inline Vec exponential(Vec v) {
-    v = at_most(at_least(v, -87.3f), 88.3f);
+inline Vec exponential(Vec at) {
+    const Vec v = at_most(at_least(at, -87.3f), 88.3f);
     IntVec n = __builtin_convertvector(v * 1.44269504f + (v < splat(0.0f) ? splat(-0.5f) : splat(0.5f)), IntVec);
     Vec whole = __builtin_convertvector(n, Vec);
     Vec r = v - whole * 0.693359375f + whole * 2.12194440e-4f;
@@ -80,7 +90,7 @@ inline Vec exponential(Vec v) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.0f;
-    return p * reinterpret_cast<Vec>((n + 127) << 23);
+    return at > splat(88.3f) ? splat(INFINITY) : p * reinterpret_cast<Vec>((n + 127) << 23);
 }
 
 // Abramowitz and Stegun 7.1.26, |error| <= 1.5e-7.
@@ -102,7 +112,7 @@ inline Vec activate(Vec v, int activation) {
         case RELU6: return at_most(at_least(v, 0.0f), 6.0f);
         case SILU: return v / (1.0f + exponential(-v));
         case GELU: return 0.5f * v * (1.0f + error_function(v * 0.70710678f));
-        case HARDSWISH: return v * at_most(at_least(v + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f);
+        case HARDSWISH: return v * (at_most(at_least(v + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f));
         default: return v;
     }
 }
@@ -120,14 +130,23 @@ struct Sink {
     int activation;
 };
 
-// A few lanes, or lanes that go to scattered channels.
-template <typename T>
-inline void put_lanes(Vec v, int64_t first, int64_t pixel, const Sink<T>& sink) {
-    const int64_t n = std::min<int64_t>(LANES, sink.lanes - first), at = pixel * sink.step;
+// Lanes that go to scattered channels, or that are fewer than a vector holds; or another type than float.
+template <typename T, int V, int P>
+inline void put_lanes(const Vec (&sum)[P][V], const Sink<T>& sink) {
+    float lane[P][V * LANES];
+    std::memcpy(lane, sum, sizeof sum);
+    const int64_t n = std::min<int64_t>(V * LANES, sink.lanes);
     if (sink.residual)
-        for (int64_t i = 0; i < n; i++) v[i] += widen(sink.residual[at + sink.rows[first + i]]);
-    v = activate(v, sink.activation);
-    for (int64_t i = 0; i < n; i++) narrow(v[i], &sink.y[at + sink.rows[first + i]]);
+        for (int p = 0; p < P; p++)
+            for (int64_t i = 0; i < n; i++) lane[p][i] += widen(sink.residual[p * sink.step + sink.rows[i]]);
+    if (sink.activation != NONE)
+        for (int p = 0; p < P; p++)
+            for (int v = 0; v < V; v++) {
+                Vec* at = reinterpret_cast<Vec*>(&lane[p][v * LANES]);
+                *at = activate(*at, sink.activation);
+            }
+    for (int p = 0; p < P; p++)
+        for (int64_t i = 0; i < n; i++) narrow(lane[p][i], &sink.y[p * sink.step + sink.rows[i]]);
 }
 
 template <int V, int P>
@@ -158,13 +177,20 @@ inline void put_whole(Vec (&sum)[P][V], const Sink<float>& sink) {
     }
 }
 
+// What the next group will read, fetched a little with every column: `step` bytes of it, 0 for nothing.
+struct Ahead {
+    const char* from;
+    int64_t step;
+};
+
 // sum += the columns from `first` to `last`, P pixels x V vectors of rows.
 template <int V, int P>
 inline __attribute__((always_inline)) void add_columns(Vec (&sum)[P][V], const float* x, int64_t step,
                                                        const int32_t* offset, int64_t first, int64_t last,
-                                                       const float* w, int64_t lanes) {
+                                                       const float* w, int64_t lanes, const Ahead& ahead) {
     for (int64_t k = first; k < last; k++) {
         const float* at = x + offset[k];
+        __builtin_prefetch(ahead.from + k * ahead.step, 0, 2);
         Vec weight[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) weight[v] = *reinterpret_cast<const Vec*>(w + k * lanes + v * LANES);
@@ -178,7 +204,7 @@ inline __attribute__((always_inline)) void add_columns(Vec (&sum)[P][V], const f
 // All columns, in chains of equal length that are summed up apart: registers first, then their sums.
 template <typename T, int V, int P>
 void tile(const float* x, int64_t step, const int32_t* offset, int64_t columns, const float* w, int64_t lanes,
-          const Sink<T>& sink) {
+          const Ahead& ahead, const Sink<T>& sink) {
     Vec sum[P][V];
 #pragma GCC unroll 32
     for (int p = 0; p < P; p++)
@@ -186,7 +212,7 @@ void tile(const float* x, int64_t step, const int32_t* offset, int64_t columns, 
         for (int v = 0; v < V; v++) sum[p][v] = *reinterpret_cast<const Vec*>(sink.bias + v * LANES);
     const int64_t chains = (columns + CHAIN - 1) / CHAIN;
     if (chains <= 1) {
-        add_columns<V, P>(sum, x, step, offset, 0, columns, w, lanes);
+        add_columns<V, P>(sum, x, step, offset, 0, columns, w, lanes, ahead);
     } else {
         Vec total[P][V];
         std::memcpy(total, sum, sizeof sum);
@@ -195,7 +221,8 @@ void tile(const float* x, int64_t step, const int32_t* offset, int64_t columns, 
             for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
                 for (int v = 0; v < V; v++) sum[p][v] = Vec{};
-            add_columns<V, P>(sum, x, step, offset, c * columns / chains, (c + 1) * columns / chains, w, lanes);
+            add_columns<V, P>(sum, x, step, offset, c * columns / chains, (c + 1) * columns / chains, w, lanes,
+                              ahead);
 #pragma GCC unroll 32
             for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
@@ -205,12 +232,12 @@ void tile(const float* x, int64_t step, const int32_t* offset, int64_t columns, 
     if constexpr (std::is_same_v<T, float>) {
         if (sink.in_order && sink.lanes >= V * LANES) return put_whole<V, P>(sum, sink);
     }
-    for (int v = 0; v < V && v * LANES < sink.lanes; v++)
-        for (int p = 0; p < P; p++) put_lanes(sum[p][v], v * LANES, p, sink);
+    put_lanes<T, V, P>(sum, sink);
 }
 
 template <typename T>
-using Tile = void (*)(const float*, int64_t, const int32_t*, int64_t, const float*, int64_t, const Sink<T>&);
+using Tile = void (*)(const float*, int64_t, const int32_t*, int64_t, const float*, int64_t, const Ahead&,
+                      const Sink<T>&);
 
 template <typename T, int V, int... P>
 constexpr Tile<T> pick(int pixels, std::integer_sequence<int, P...>) {
@@ -275,6 +302,9 @@ struct Convolution {
     int64_t left = 0, right = 0;            // output columns between which no tap leaves the image sideways
     int64_t band = 0, bands = 0, parts = 0; // output rows of a band; bands of an image; parts of the groups
     std::vector<int64_t> part_ptr{};        // groups of every part
+    std::vector<float> lane_bias{};         // of every lane of every group, one after the other
+    std::vector<int64_t> lane_ptr{};
+    std::vector<char> in_order{};           // whether a group's rows follow each other
 
     int64_t taps_wide() const { return (q.kernel_width - 1) * q.dilation_x + 1; }
     int64_t copy_width() const { return (q.out_width - 1) * q.stride_x + taps_wide(); }
@@ -310,6 +340,23 @@ struct Convolution {
         const int64_t wanted = q.threads > 1 ? (4 * q.threads + units - 1) / units : 1;
         parts = std::max<int64_t>(1, std::min(q.groups, wanted));
         split_groups();
+        prepare_lanes();
+    }
+
+    void prepare_lanes() {
+        lane_ptr.assign(1, 0);
+        for (int64_t g = 0; g < q.groups; g++) {
+            const int32_t* row = rows + row_ptr[g];
+            const int64_t count = row_ptr[g + 1] - row_ptr[g];
+            bool follow = true;
+            lane_ptr.push_back(lane_ptr[g] + (count + PADDED_TO - 1) / PADDED_TO * PADDED_TO);
+            lane_bias.resize(lane_ptr[g + 1], 0.0f);
+            for (int64_t i = 0; i < count; i++) {
+                if (bias) lane_bias[lane_ptr[g] + i] = widen(bias[row[i]]);
+                follow = follow && row[i] == row[0] + i;
+            }
+            in_order.push_back(follow);
+        }
     }
 
     // Parts of about equal work.
@@ -384,19 +431,20 @@ struct Convolution {
                 q.out_width * q.out_channels, q.out_channels, lines, x1 - x0, row_step, first_row};
     }
 
-    // Position of every column of a group relative to a pixel. Columns ascend, so taps change seldom.
-    void locate(int64_t g, int64_t row_step, std::vector<int32_t>& offset) const {
-        offset.resize(column_ptr[g + 1] - column_ptr[g]);
-        int64_t end = 0, shift = 0;
-        const int32_t* column = columns + column_ptr[g];
+    // Position of every column of the groups relative to a pixel. Columns ascend, so taps change seldom.
+    void locate(int64_t part, int64_t row_step, std::vector<int32_t>& offset) const {
+        const int32_t first = column_ptr[part_ptr[part]];
+        offset.resize(column_ptr[part_ptr[part + 1]] - first);
+        int64_t begin = 0, end = 0, shift = 0;
         for (size_t k = 0; k < offset.size(); k++) {
-            if (column[k] >= end) {
-                const int64_t tap = column[k] / q.channels;
-                const int64_t ky = tap / q.kernel_width, kx = tap % q.kernel_width;
-                end = (tap + 1) * q.channels;
-                shift = ky * q.dilation_y * row_step + kx * q.dilation_x * q.channels - tap * q.channels;
+            const int64_t column = columns[first + k];
+            if (column < begin || column >= end) {
+                const int64_t tap = column / q.channels, ky = tap / q.kernel_width, kx = tap % q.kernel_width;
+                begin = tap * q.channels;
+                end = begin + q.channels;
+                shift = ky * q.dilation_y * row_step + kx * q.dilation_x * q.channels - begin;
             }
-            offset[k] = static_cast<int32_t>(column[k] + shift);
+            offset[k] = static_cast<int32_t>(column + shift);
         }
     }
 
@@ -411,22 +459,40 @@ struct Convolution {
         return {from, std::max(from, to)};
     }
 
-    void run_group(int64_t g, const Field<T>& f, std::vector<int32_t>& offset, std::vector<float>& lane_bias) const {
-        locate(g, f.row_step, offset);
-        const int64_t count = row_ptr[g + 1] - row_ptr[g], lanes = (count + PADDED_TO - 1) / PADDED_TO * PADDED_TO;
-        const int32_t* row = rows + row_ptr[g];
-        lane_bias.assign(lanes, 0.0f);
-        bool in_order = true;
-        for (int64_t i = 0; i < count; i++) {
-            if (bias) lane_bias[i] = widen(bias[row[i]]);
-            in_order = in_order && row[i] == row[0] + i;
+    struct Scratch {
+        std::vector<float> copied;
+        std::vector<int32_t> offset;
+        std::vector<Field<T>> fields;
+    };
+
+    // Either every group goes over all lines, and its weights stay in the caches; or all groups over every line, and
+    // what they read and write stays there: better while the weights are few, or used for many pixels each time.
+    void run_field(int64_t part, const Field<T>& f, Scratch& scratch) const {
+        locate(part, f.row_step, scratch.offset);
+        const int64_t from = part_ptr[part], to = part_ptr[part + 1];
+        if (f.pixels >= LONG_LINE || (value_ptr[to] - value_ptr[from]) * 4 <= WEIGHT_BYTES) {
+            for (int64_t line = 0; line < f.lines; line++)
+                for (int64_t g = from; g < to; g++) run_group(g, f, line, line + 1, scratch, part);
+        } else {
+            for (int64_t g = from; g < to; g++) run_group(g, f, 0, f.lines, scratch, part);
         }
+    }
+
+    void run_group(int64_t g, const Field<T>& f, int64_t first_line, int64_t last_line, Scratch& scratch,
+                   int64_t part) const {
+        const int64_t count = row_ptr[g + 1] - row_ptr[g], lanes = lane_ptr[g + 1] - lane_ptr[g];
+        const int32_t* row = rows + row_ptr[g];
+        const int32_t* offset = scratch.offset.data() + column_ptr[g] - column_ptr[part_ptr[part]];
         const int64_t vectors = (count + LANES - 1) / LANES, tiles = (vectors + WIDEST - 1) / WIDEST;
         for (int64_t t = 0, v = 0; t < tiles; t++) {
             const int64_t wide = (vectors - v + tiles - t - 1) / (tiles - t), lane = v * LANES;
-            const Sink<T> sink{nullptr, nullptr, lane_bias.data() + lane, row + lane, count - lane, in_order,
+            const Sink<T> sink{nullptr, nullptr, lane_bias.data() + lane_ptr[g] + lane, row + lane, count - lane,
+                               in_order[g] != 0,
                                f.y_pixel, static_cast<int>(q.activation)};
-            run_lines(g, f, static_cast<int>(wide), values + value_ptr[g] + lane, lanes, offset, sink);
+            for (int64_t line = first_line; line < last_line; line++) {
+                const Ahead ahead = after(g, line - first_line + t * (last_line - first_line), tiles * (last_line - first_line));
+                run_line(g, f, line, static_cast<int>(wide), values + value_ptr[g] + lane, lanes, offset, ahead, sink);
+            }
             v += wide;
         }
     }
@@ -436,24 +502,33 @@ struct Convolution {
         for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(from + i, 0, 2);
     }
 
-    void run_lines(int64_t g, const Field<T>& f, int wide, const float* w, int64_t lanes,
-                   const std::vector<int32_t>& offset, Sink<T> sink) const {
-        const int64_t most = ACCUMULATORS / wide, tall = (q.kernel_height - 1) * q.dilation_y * f.row_step;
-        const bool far = !copies && f.pixels > 1 && q.height * q.width * q.channels * 4 > 4 * COPIED_BYTES;
-        for (int64_t line = 0; line < f.lines; line++) {
-            int64_t from = 0, to = static_cast<int64_t>(offset.size());
-            if (f.first_row >= 0) std::tie(from, to) = inside(g, f.first_row + line);
-            const int64_t pixels = std::min(f.pixels, pixels_out - (f.y + line * f.y_line - y) / q.out_channels);
-            const int64_t cuts = (pixels + most - 1) / most;
-            for (int64_t c = 0; c < cuts; c++) {
-                const int64_t first = c * pixels / cuts, here = (c + 1) * pixels / cuts - first;
-                const int64_t at = line * f.y_line + first * f.y_pixel;
-                if (far && g == 0) prefetch(f.x + (line + 1) * f.x_line + first * f.x_pixel + tall, here * q.channels);
-                sink.y = f.y + at;
-                sink.residual = f.residual ? f.residual + at : nullptr;
-                tile_for<T>(wide, static_cast<int>(here))(f.x + line * f.x_line + first * f.x_pixel, f.x_pixel,
-                                                          offset.data() + from, to - from, w + from * lanes, lanes, sink);
-            }
+    // Share `i` of `n` of the next group's weights: in a network they come from memory, and would keep this core waiting.
+    Ahead after(int64_t g, int64_t i, int64_t n) const {
+        const int64_t columns_here = std::max<int64_t>(1, column_ptr[g + 1] - column_ptr[g]);
+        if (g + 1 == q.groups) return {reinterpret_cast<const char*>(values + value_ptr[g]), 0};
+        const int64_t bytes = (value_ptr[g + 2] - value_ptr[g + 1]) * 4;
+        return {reinterpret_cast<const char*>(values + value_ptr[g + 1]) + bytes * i / n, bytes / n / columns_here};
+    }
+
+    void run_line(int64_t g, const Field<T>& f, int64_t line, int wide, const float* w, int64_t lanes,
+                  const int32_t* offset, const Ahead& ahead, Sink<T> sink) const {
+        // Pixels that lie multiples of 4096 bytes apart share their lines of the first-level cache: not more than fit.
+        const int64_t apart = CACHE_BYTES / std::gcd(CACHE_BYTES, f.x_pixel * 4);
+        const int64_t most = std::min<int64_t>(ACCUMULATORS / wide, (CACHE_WAYS - 1) * apart);
+        const int64_t tall = (q.kernel_height - 1) * q.dilation_y * f.row_step;
+        const bool far = !copies && f.pixels > 1 && g == 0 && q.height * q.width * q.channels * 4 > 4 * COPIED_BYTES;
+        int64_t from = 0, to = column_ptr[g + 1] - column_ptr[g];
+        if (f.first_row >= 0) std::tie(from, to) = inside(g, f.first_row + line);
+        const int64_t pixels = std::min(f.pixels, pixels_out - (f.y + line * f.y_line - y) / q.out_channels);
+        const int64_t cuts = (pixels + most - 1) / most;
+        for (int64_t c = 0; c < cuts; c++) {
+            const int64_t first = c * pixels / cuts, here = (c + 1) * pixels / cuts - first;
+            const int64_t at = line * f.y_line + first * f.y_pixel;
+            if (far) prefetch(f.x + (line + 1) * f.x_line + first * f.x_pixel + tall, here * q.channels);
+            sink.y = f.y + at;
+            sink.residual = f.residual ? f.residual + at : nullptr;
+            tile_for<T>(wide, static_cast<int>(here))(f.x + line * f.x_line + first * f.x_pixel, f.x_pixel,
+                                                      offset + from, to - from, w + from * lanes, lanes, ahead, sink);
         }
     }
 
@@ -462,18 +537,15 @@ struct Convolution {
         const int64_t items = q.images * bands * parts;
 #pragma omp parallel num_threads(static_cast<int>(q.threads)) if (q.threads > 1 && items > 1)
         {
-            std::vector<float> copied, lane_bias;
-            std::vector<int32_t> offset;
-            std::vector<Field<T>> fields;
+            Scratch scratch;
             int64_t held = -1;
 #pragma omp for schedule(dynamic, 1)
             for (int64_t item = 0; item < items; item++) {
                 const int64_t unit = item / parts, part = item % parts, first = unit % bands * band;
                 if (held != unit)
-                    lay_out(unit / bands, first, std::min(band, q.out_height - first), copied, fields);
+                    lay_out(unit / bands, first, std::min(band, q.out_height - first), scratch.copied, scratch.fields);
                 held = unit;
-                for (const Field<T>& f : fields)
-                    for (int64_t g = part_ptr[part]; g < part_ptr[part + 1]; g++) run_group(g, f, offset, lane_bias);
+                for (const Field<T>& f : scratch.fields) run_field(part, f, scratch);
             }
         }
     }

@@ -1,0 +1,349 @@
+"""The shuffled-block format and its CPU kernel, against float64 and against PyTorch's own operators."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fxsparse.errors import InputError, TargetError
+from fxsparse.formats.grouping import cost, group_rows
+from fxsparse.formats.shuffled_block import ShuffledBlock, pack, unpack
+from fxsparse.formats.shuffled_block_op import multiply, reference, shuffled_block
+from fxsparse.kernels import build
+from fxsparse.kernels.cpu import shuffled_block as kernel
+
+ACTIVATIONS = ("none", "relu", "relu6", "silu", "gelu", "hardswish")
+# what another order of summation may add to the dense operator's own error: both are maxima of something random
+SLACK, FLOOR_ULP = 2.0, 4.0
+
+
+def blocks(shape: tuple[int, ...], rows: int, density: float, seed: int) -> Tensor:
+    """A random weight whose rows, shuffled, form groups of `rows` with columns of their own; some groups are empty."""
+    g = torch.Generator().manual_seed(seed)
+    flat = torch.randn(shape[0], int(np.prod(shape[1:])), generator=g)
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    for group in torch.randperm(shape[0], generator=g).split(rows):
+        mask[group] = torch.rand(flat.shape[1], generator=g) < density
+    return (flat * mask).view(shape)
+
+
+def dense(x: Tensor, w: Tensor, geometry: dict[str, tuple[int, int]]) -> Tensor:
+    """Channels last in and out."""
+    if w.dim() == 2:
+        return F.linear(x, w)
+    x = x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    return F.conv2d(x, w, None, **geometry).permute(0, 2, 3, 1)
+
+
+def allowed(y: Tensor, exact: Tensor) -> float:
+    """Twice the error of the dense operator `y`, and a few units in the last place of the largest output."""
+    own = float((y.double() - exact).abs().max()) if exact.numel() else 0.0
+    scale = float(exact.abs().max()) if exact.numel() else 0.0
+    return SLACK * own + FLOOR_ULP * torch.finfo(y.dtype).eps * scale
+
+
+def agrees(w: Tensor, x: Tensor, geometry: dict[str, tuple[int, int]], **epilogue: object) -> None:
+    got = multiply(pack(w), x, **geometry, **epilogue)  # type: ignore[arg-type]
+    bias, residual, activation = (epilogue.get(k) for k in ("bias", "residual", "activation"))
+
+    def finish(y: Tensor) -> Tensor:
+        y = y if bias is None else y + bias.to(y.dtype)  # type: ignore[attr-defined]
+        y = y if residual is None else y + residual.to(y.dtype)  # type: ignore[attr-defined]
+        return {"relu": F.relu, "relu6": F.relu6, "silu": F.silu, "gelu": F.gelu, "hardswish": F.hardswish}.get(
+            str(activation), lambda y: y
+        )(y)
+
+    exact = finish(dense(x.double(), w.double(), geometry))
+    own = finish(dense(x, w, geometry))
+    assert got.shape == exact.shape
+    assert got.dtype == x.dtype
+    assert got.is_contiguous()
+    off = float((got.double() - exact).abs().max()) if exact.numel() else 0.0
+    assert off <= allowed(own, exact), f"off by {off:.2e}, allowed {allowed(own, exact):.2e}"
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, tuple[int, int]]]:
+    kernel_size = draw(st.sampled_from([(1, 1), (3, 3), (1, 3), (5, 2), (7, 7)]))
+    stride, dilation = (draw(st.tuples(st.integers(1, 2), st.integers(1, 2))) for _ in range(2))
+    padding = (draw(st.integers(0, kernel_size[0])), draw(st.integers(0, kernel_size[1])))
+    least = [d * (k - 1) + 1 - 2 * p for d, k, p in zip(dilation, kernel_size, padding, strict=True)]
+    size = [draw(st.integers(max(1, low), max(1, low) + 14)) for low in least]
+    channels, rows = draw(st.integers(1, 40)), draw(st.integers(1, 150))
+    seed = draw(st.integers(0, 2**31))
+    w = blocks((rows, channels, *kernel_size), draw(st.sampled_from([1, 3, 16, 32, 64, 200])),
+               draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])), seed)  # fmt: skip
+    x = torch.randn(draw(st.integers(1, 3)), *size, channels, generator=torch.Generator().manual_seed(seed))
+    return w, x, {"stride": stride, "padding": padding, "dilation": dilation}
+
+
+@settings(max_examples=60, deadline=None)
+@given(convolutions())
+def test_any_convolution_agrees_with_the_dense_one(case: tuple[Tensor, Tensor, dict[str, tuple[int, int]]]) -> None:
+    w, x, geometry = case
+    assert torch.equal(unpack(pack(w)), w)
+    agrees(w, x, geometry)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 300), st.integers(1, 200), st.lists(st.integers(1, 9), min_size=0, max_size=3), st.integers(0, 99))
+def test_any_linear_layer_agrees_with_the_dense_one(rows: int, columns: int, lead: list[int], seed: int) -> None:
+    w = blocks((rows, columns), 32, 0.3, seed)
+    agrees(w, torch.randn(*lead, columns, generator=torch.Generator().manual_seed(seed)), {})
+
+
+# The corners: images read in place with border strips, several bands, long sums, many groups, odd widths.
+REAL = [
+    ((64, 64, 3, 3), (1, 56, 56, 64), 1, 1), ((24, 3, 7, 7), (2, 224, 224, 3), 2, 3),
+    ((512, 512, 3, 3), (1, 7, 7, 512), 1, 1), ((2048, 512, 1, 1), (1, 7, 7, 512), 1, 0),
+    ((256, 128, 3, 3), (1, 57, 55, 128), 2, 1), ((128, 96, 1, 1), (33, 5, 3, 96), 1, 0),
+    ((64, 64, 1, 1), (2, 56, 56, 64), 2, 0), ((16, 64, 3, 3), (1, 113, 130, 64), 1, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("shape", "size", "stride", "padding"), REAL)
+def test_real_layers_agree(
+    shape: tuple[int, ...], size: tuple[int, ...], stride: int, padding: int, threads: int
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        w, x = blocks(shape, 32, 0.26, 0), torch.randn(size, generator=torch.Generator().manual_seed(1))
+        agrees(w, x, {"stride": (stride, stride), "padding": (padding, padding)})
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("rows", [16, 20, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("residual", [False, True])
+def test_bias_residual_and_activation_are_fused(
+    activation: str, rows: int, dtype: torch.dtype, residual: bool
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    w, x = blocks((80, 24, 3, 3), rows, 0.4, 3).to(dtype), torch.randn(2, 9, 11, 24, generator=g).to(dtype)
+    extra = torch.randn(2, 9, 11, 80, generator=g).to(dtype) if residual else None
+    bias = torch.randn(80, generator=g).to(dtype)
+    agrees(w, x, {"padding": (1, 1)}, bias=bias, residual=extra, activation=activation)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu", "hardswish", "relu6"])
+def test_an_activation_is_right_over_its_whole_range(activation: str) -> None:
+    x = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([0.0, -0.0, 1e-30, 1e38, -1e38])])[:, None]
+    function = {"silu": F.silu, "gelu": F.gelu, "hardswish": F.hardswish, "relu6": F.relu6}[activation]
+    got = multiply(pack(torch.ones(16, 1)), x, activation=activation)[:, 0]
+    torch.testing.assert_close(got, function(x[:, 0].double()).float(), rtol=3e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_nan_stays_nan(activation: str) -> None:
+    x = torch.full((3, 20), torch.nan)
+    assert multiply(pack(torch.ones(40, 20)), x, activation=activation).isnan().all()
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "DEFAULT"])
+def test_narrower_vectors_give_the_same(isa: str) -> None:
+    if isa == "AVX2" and build.instruction_set() == "DEFAULT":
+        pytest.skip("this processor has no AVX2")
+    w, x = blocks((100, 24, 3, 3), 32, 0.4, 0), torch.randn(2, 20, 13, 24)
+    packed, y = pack(w), torch.empty(2, 20, 13, 100)
+    kernel.run(x, y, packed.tensors, None, None, ((3, 3), (1, 1), (1, 1), (1, 1)), "relu", isa=isa)
+    if len(packed.rows) < 100:
+        y[..., sorted(set(range(100)) - set(packed.rows.tolist()))] = 0
+    torch.testing.assert_close(y, multiply(packed, x, padding=(1, 1), activation="relu"), rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_of_nothing_gives_nothing() -> None:
+    assert multiply(pack(torch.ones(4, 3, 3, 3)), torch.empty(0, 8, 8, 3), padding=(1, 1)).shape == (0, 8, 8, 4)
+
+
+def test_rows_without_weights_hold_the_epilogue_alone() -> None:
+    w = torch.zeros(40, 8)
+    w[3] = 1
+    bias = torch.arange(40.0) - 20
+    y = multiply(pack(w), torch.ones(2, 8), bias, activation="relu")
+    expected = F.relu(F.linear(torch.ones(2, 8), w, bias))
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_dtype_without_a_kernel_runs_dense(dtype: torch.dtype) -> None:
+    w, x = blocks((20, 6, 3, 3), 16, 0.5, 0).to(dtype), torch.randn(1, 5, 5, 6).to(dtype)
+    assert torch.equal(multiply(pack(w), x), dense(x, w, {}).contiguous())
+
+
+def test_the_operator_keeps_the_rules_of_torch_library() -> None:
+    packed = pack(blocks((20, 6, 3, 3), 16, 0.5, 0))
+    sizes = (20, [3, 3], [1, 1], [1, 1], [1, 1], "relu")
+    tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    x = torch.randn(2, 7, 5, 6)
+    for bias, residual in ((None, None), (torch.randn(20), torch.randn(2, 7, 5, 20))):
+        torch.library.opcheck(shuffled_block, (x, *packed.tensors, bias, residual, *sizes), test_utils=tests)
+
+
+def test_an_input_that_is_not_contiguous_is_read_right() -> None:
+    packed, x = pack(blocks((20, 6, 3, 3), 16, 0.5, 0)), torch.randn(2, 6, 7, 5).permute(0, 2, 3, 1)
+    assert torch.equal(multiply(packed, x), multiply(packed, x.contiguous()))
+
+
+def test_the_reference_and_the_kernel_agree() -> None:
+    packed, x = pack(blocks((20, 6, 3, 3), 16, 0.5, 0)), torch.randn(2, 7, 5, 6)
+    arguments = (*packed.tensors, None, None, 20, [3, 3], [1, 1], [0, 0], [1, 1], "none")
+    torch.testing.assert_close(shuffled_block(x, *arguments), reference(x, *arguments), rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------ grouping
+
+
+def test_shuffled_groups_are_found_again() -> None:
+    w = blocks((256, 64, 3, 3), 32, 0.2, 5)
+    packed = pack(w)
+    assert packed.groups == 8
+    assert packed.nse == int((w != 0).sum())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 90), st.integers(1, 60), st.floats(0, 1), st.integers(0, 999))
+def test_groups_hold_every_row_with_a_nonzero_once(rows: int, columns: int, density: float, seed: int) -> None:
+    used = np.random.default_rng(seed).random((rows, columns)) < density
+    groups = group_rows(used)
+    found = np.concatenate([*groups, np.zeros(0, np.int64)])
+    assert sorted(found) == np.flatnonzero(used.any(1)).tolist()
+    assert all(len(g) <= 64 and (np.diff(g) > 0).all() for g in groups)
+
+
+def test_merging_never_costs_more_than_rows_with_equal_columns_alone() -> None:
+    rng = np.random.default_rng(0)
+    for density in (0.02, 0.2, 0.9):
+        used = rng.random((200, 300)) < density
+        merged = sum(int(cost(len(g), int(used[g].any(0).sum()))) for g in group_rows(used))
+        assert merged <= sum(int(cost(1, int(row.sum()))) for row in used if row.any())
+
+
+def test_many_different_rows_are_gathered_and_still_exact() -> None:
+    w = torch.randn(700, 90) * (torch.rand(700, 90, generator=torch.Generator().manual_seed(0)) < 0.03)
+    packed = pack(w)
+    assert torch.equal(unpack(packed), w)
+    assert packed.groups < 50
+
+
+@pytest.mark.parametrize("value", [-0.0, 1e-45, torch.nan, torch.inf])
+def test_only_a_true_zero_is_left_out(value: float) -> None:
+    w = torch.zeros(20, 5)
+    w[7, 3] = value
+    assert pack(w).columns.tolist() == ([] if value == 0 else [3])
+
+
+def test_a_weight_of_zeros_has_no_groups() -> None:
+    packed = pack(torch.zeros(5, 4, 3, 3))
+    assert packed.groups == 0
+    assert torch.equal(multiply(packed, torch.ones(1, 3, 3, 4)), torch.zeros(1, 1, 1, 5))
+
+
+DAMAGE = {
+    "column": ("columns", lambda t: t + 10_000),
+    "row below": ("rows", lambda t: t - 100),
+    "row twice": ("rows", lambda t: torch.zeros_like(t)),
+    "pointers": ("column_ptr", lambda t: t.flip(0)),
+    "fewer values": ("values", lambda t: t[:-16]),
+    "columns out of order": ("columns", lambda t: t.flip(0)),
+    "groups": ("row_ptr", lambda t: t[:-1]),
+    "no pointers": ("value_ptr", lambda t: t[:0]),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damaged_arrays_are_refused(what: str) -> None:
+    packed = pack(blocks((80, 6, 3, 3), 32, 0.5, 0))
+    name, damage = DAMAGE[what]
+    with pytest.raises(InputError, match="expected arrays that fit each other; got "):
+        dataclasses.replace(packed, **{name: damage(getattr(packed, name))})
+
+
+def test_a_weight_of_another_rank_is_refused() -> None:
+    with pytest.raises(InputError, match=r"expected \[O, I\] or \[O, I, kH, kW\]; got shape \(2, 3, 4\)"):
+        pack(torch.ones(2, 3, 4))
+
+
+# ------------------------------------------------------------ building the kernel
+
+
+def test_a_library_cut_short_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FXSPARSE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(build, "_SOURCES", tmp_path)
+    (tmp_path / "tiny.cpp").write_text('extern "C" int seven() { return 7; }')
+    builds = []
+    monkeypatch.setattr(build.ctypes, "CDLL", lambda path: builds.append(Path(path)))  # cutting a loaded file is fatal
+    build.load("tiny")
+    monkeypatch.undo()
+    monkeypatch.setenv("FXSPARSE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(build, "_SOURCES", tmp_path)
+    builds[0].write_bytes(builds[0].read_bytes()[:100])
+    build.load.cache_clear()
+    assert build.load("tiny").seven() == 7
+    assert [p.name for p in tmp_path.glob("*.so")] == [builds[0].name]
+    build.load.cache_clear()
+
+
+def test_a_source_that_does_not_compile_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FXSPARSE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(build, "_SOURCES", tmp_path)
+    (tmp_path / "broken.cpp").write_text("int main( {")
+    with pytest.raises(TargetError, match=r"kernel broken.cpp: expected a C\+\+17 compiler with OpenMP; got "):
+        build.load("broken")
+    assert [p.name for p in tmp_path.iterdir()] == ["broken.cpp"]
+
+
+def test_without_a_compiler_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(TargetError, match="got none"):
+        build._compiler_or_raise("shuffled_block")
+
+
+SANITIZED = """
+import sys, torch
+from fxsparse.kernels.cpu.shuffled_block import run
+from tests.test_shuffled_block import blocks
+from fxsparse.formats.shuffled_block import pack
+for shape, size, s, p in [((70, 5, 3, 3), (2, 9, 7, 5), 1, 1), ((33, 64, 3, 3), (1, 40, 57, 64), 2, 1),
+                          ((20, 8, 1, 1), (3, 11, 13, 8), 1, 0), ((20, 3, 7, 7), (1, 30, 31, 3), 2, 3)]:
+    for dtype in (torch.float32, torch.bfloat16):
+        w, x = pack(blocks(shape, 32, 0.4, 0)), torch.randn(size).to(dtype)
+        oh, ow = ((n + 2 * p - k) // s + 1 for n, k in zip(size[1:3], shape[2:]))
+        y = torch.zeros(size[0], oh, ow, shape[0], dtype=dtype)
+        run(x, y, w.tensors, torch.ones(shape[0], dtype=dtype), y.clone(), (shape[2:], (s, s), (p, p), (1, 1)), "gelu")
+print("clean")
+"""
+
+
+@pytest.mark.slow
+def test_the_kernel_is_clean_under_address_and_undefined_behavior_sanitizers(tmp_path: Path) -> None:
+    root = Path(__file__).parents[1]
+    found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=False)
+    if not found.stdout.strip().startswith("/"):
+        pytest.skip("this compiler has no AddressSanitizer")
+    flags = "g++ -DFXSPARSE_FEW_TILES -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+    environment = {**os.environ, "CXX": flags, "LD_PRELOAD": found.stdout.strip(), "FXSPARSE_CACHE_DIR": str(tmp_path),
+                   "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(root)}  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", SANITIZED], env=environment, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "clean"
+
+
+def test_shuffled_block_is_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        pack(torch.ones(2, 2)).shape = (1, 1)  # type: ignore[misc]
+    assert isinstance(pack(torch.ones(2, 2)), ShuffledBlock)
