@@ -6,9 +6,10 @@
     python -m tools.compare_partitioners --table                                     # docs/architecture.md's table
 
 In each layer a rule is run first (Regroup as released, with METIS in hMETIS's place; DSB's shuffled blocks);
-`partition` then gets the density that came out and the same group size. Layers that the rule leaves unstructured are left out on
-both sides, as are layers whose mask is all ones; they are counted. Kept w^2 is the share of the sum of w^2 that the
-given masks keep, over all layers compared. Convolutions only: VGG-16's linear layers would be nine tenths of its weights.
+`partition` then gets the density that came out and the same group size. Layers that the rule leaves unstructured are
+left out on both sides, as are layers whose mask is all ones; they are counted. Kept w^2 is the share of the sum of w^2
+that the given masks keep, over all layers compared. Convolutions only: VGG-16's linear layers would be nine tenths of
+its weights.
 
 weights  normal     independent, variance 1 / fan-in: no structure that any partition could find
          trained    the same times lognormal scales, as wide as the medians over the convolutions of two trained
@@ -177,18 +178,21 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a table in Markdown."""
     head = ("model", "weights", "masks", "rule", "layers", "density", "w^2 kept: rule", "ours", "gain", "median layer",
             "s: rule", "ours")  # fmt: skip
-    cells = [
-        (r["model"], r["weights"], r["masks"], r["rule"], f"{r['layers']} of {r['layers'] + r['left_out'] + r['all_ones']}",
-        
-         f"{r['density']:.3f}", f"{r['rule_w2']:.3f}", f"{r['partition_w2']:.3f}",
-         f"{r['gain']:+.1%}" if r["gain"] is not None else "",
-         f"{float(np.median(r['layer_gains'])):+.1%}" if r["layer_gains"] else "",
-         f"{r['rule_s']:.1f}", f"{r['partition_s']:.1f}")
-        for r in rows
-    ]  # fmt: skip
-    text = str(tabulate(cells, head, tablefmt="github", disable_numparse=True))
+    text = str(tabulate([_cells(r) for r in rows], head, tablefmt="github", disable_numparse=True))
     where = sorted({f"{r['machine']}, one core; torch {r['versions']['torch']}; {r['date']}" for r in rows})
     return f"{text}\n\n*{'; '.join(where)}*"
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    every = row["layers"] + row["left_out"] + row["all_ones"]
+    return (
+        *(str(row[key]) for key in ("model", "weights", "masks", "rule")),
+        f"{row['layers']} of {every}",
+        *(f"{row[key]:.3f}" for key in ("density", "rule_w2", "partition_w2")),
+        f"{row['gain']:+.1%}" if row["layers"] else "",
+        f"{float(np.median(row['layer_gains'])):+.1%}" if row["layer_gains"] else "",
+        *(f"{row[key]:.1f}" for key in ("rule_s", "partition_s")),
+    )
 
 
 def _write(row: Mapping[str, Any], arguments: argparse.Namespace) -> None:
