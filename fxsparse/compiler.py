@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from fxsparse.arguments import check_cache_dir, checked_inputs, checked_model
 from fxsparse.backend import Target, find_target
 from fxsparse.contest import Contest, contest
 from fxsparse.errors import InputError, TargetError, near
@@ -26,7 +27,7 @@ from fxsparse.ir.decision import Plan
 from fxsparse.ir.graph import clone, erase_unused, flat
 from fxsparse.ir.masks import Masks
 from fxsparse.measure import LayerTimes, cpu_name
-from fxsparse.module import Build, SparseModule, memory_format
+from fxsparse.module import Build, SparseModule
 from fxsparse.passes import STORAGE, STRUCTURE, Context, canonicalize, name_of
 from fxsparse.passes import run as run_passes
 from fxsparse.report import Report, Row
@@ -88,10 +89,10 @@ def compile(
     Raises MaskError, InputError, CaptureError, TargetError or VerificationError, each with the way out.
     """
     options = _Options(_checked(target, formats, verify), dynamic_batch, formats, verify, measure, cache_dir)
-    _check_cache_dir(cache_dir)
-    found = _as_masks(masks).check(_checked_model(model))
+    check_cache_dir(cache_dir)
+    found = _as_masks(masks).check(checked_model(model))
     module = SparseModule(functools.partial(_compile_inputs, model, found, options))
-    return module if example_inputs is None else module.prepare(_checked_inputs(example_inputs))
+    return module if example_inputs is None else module.prepare(checked_inputs(example_inputs))
 
 
 @torch.inference_mode(False)  # the analysis differentiates
@@ -110,14 +111,14 @@ def plan(
     if example_inputs is None:
         raise InputError("example_inputs of plan", expected="a tuple of inputs", got="None",
                          do="A dry run needs shapes: plan(model, masks, (torch.randn(1, 3, 224, 224),)).")  # fmt: skip
-    inputs = _checked_inputs(example_inputs)
-    found = _as_masks(masks).check(_checked_model(model))
+    inputs = checked_inputs(example_inputs)
+    found = _as_masks(masks).check(checked_model(model))
     rewritten = _rewrite(model, found, inputs, options)
     return dataclasses.replace(_report(rewritten, model, found, inputs, options), chosen="not measured")
 
 
 def _compile_inputs(model: nn.Module, masks: Masks, options: _Options, inputs: tuple[Any, ...]) -> Build:
-    return _build(model, masks, _checked_inputs(inputs), options)
+    return _build(model, masks, checked_inputs(inputs), options)
 
 
 @torch.inference_mode(False)  # the analysis differentiates
@@ -235,7 +236,10 @@ def environment(inputs: Any) -> dict[str, str]:
 
 
 def _checked(target: str, formats: str, verify: str) -> Target:
-    for name, value, known in (("formats", formats, ("auto", "dense", *FORMATS)), ("verify", verify, ("end", "each", "off"))):
+    for name, value, known in (
+        ("formats", formats, ("auto", "dense", *FORMATS)),
+        ("verify", verify, ("end", "each", "off")),
+    ):
         if value not in known:
             raise InputError(f"{name}={value!r}", expected=f"one of {', '.join(map(repr, known))}",
                              got=type(value).__name__ if not isinstance(value, str) else repr(value),
@@ -244,58 +248,6 @@ def _checked(target: str, formats: str, verify: str) -> Target:
         raise TargetError(f"target {target!r}", expected="the name of a target", got=type(target).__name__,
                           do="Pass target='inductor', the default.")  # fmt: skip
     return find_target(target)
-
-
-def _checked_model(model: object) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise InputError("model", expected="a torch.nn.Module", got=type(model).__name__,
-                         do="Pass the module itself, not its state dict or a function.")  # fmt: skip
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if nn.parameter.is_lazy(tensor):
-            raise InputError(f"parameter {name!r}", expected="a value", got="a lazy one that has none yet",
-                             do="Run the model once, then compile it.")  # fmt: skip
-        if tensor.is_inference():
-            raise InputError(f"tensor {name!r} of the model", expected="an ordinary tensor",
-                             got="one made under torch.inference_mode(), which torch.export refuses",
-                             do="Build or load the model outside of torch.inference_mode().")  # fmt: skip
-        if tensor.is_meta:
-            raise InputError(f"tensor {name!r} of the model", expected="values", got="the meta device, which has none",
-                             do="Load the weights first: model.to_empty(device='cpu'), load_state_dict.")  # fmt: skip
-    return model
-
-
-def _checked_inputs(inputs: object) -> tuple[Any, ...]:
-    if isinstance(inputs, Tensor):
-        inputs = (inputs,)
-    if not isinstance(inputs, (tuple, list)) or not any(isinstance(x, Tensor) for x in pytree.tree_leaves(inputs)):
-        raise InputError("example_inputs", expected="a tuple of positional inputs with at least one tensor",
-                         got=type(inputs).__name__, do="For one image: (torch.randn(1, 3, 224, 224),).")  # fmt: skip
-    for x in pytree.tree_leaves(inputs):
-        if isinstance(x, Tensor) and 0 in x.shape:
-            raise InputError("example_inputs", expected="at least one sample and no empty dimension",
-                             got=f"a tensor of shape {tuple(x.shape)}",
-                             do="Compile with one sample; the result then accepts any batch size, 0 too.")  # fmt: skip
-    dense: tuple[Any, ...] = pytree.tree_map(_dense, tuple(inputs))
-    return dense
-
-
-@torch.inference_mode(False)
-def _dense(x: Any) -> Any:
-    """Contiguous or channels_last, and not an inference tensor: what torch.export and Inductor take."""
-    if not isinstance(x, Tensor):
-        return x
-    return (x.clone() if x.is_inference() else x).contiguous(memory_format=memory_format(x))
-
-
-def _check_cache_dir(cache_dir: str | os.PathLike[str] | None) -> None:
-    if cache_dir is None:
-        return
-    try:
-        os.makedirs(cache_dir, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cache_dir={os.fspath(cache_dir)!r}", expected="a folder that can be written",
-                         got=f"{type(error).__name__}: {error.strerror}",
-                         do="Choose another folder, or leave cache_dir out.") from None  # fmt: skip
 
 
 def _as_masks(masks: MaskSource) -> Masks:

@@ -155,7 +155,7 @@ def _check_inputs(build: Build, inputs: Sequence[Any]) -> bool:
             if isinstance(x, Tensor) or x != example:
                 raise _misfit(f"{example!r}, as in example_inputs", repr(x))
             continue
-        if not isinstance(x, Tensor) or x.dtype != example.dtype or x.device != example.device:
+        if not isinstance(x, Tensor) or _kind(x) != _kind(example):
             raise _misfit(_describe(example), _describe(x))
         if build.dynamic_batch and x.dim():
             batches.add(x.shape[0])
@@ -166,6 +166,10 @@ def _check_inputs(build: Build, inputs: Sequence[Any]) -> bool:
     if len(batches) > 1:  # every dimension 0 of the example is the batch: code for one would read past the other
         raise _misfit("one batch size in all inputs", f"batch sizes {sorted(batches)}")
     return same
+
+
+def _kind(x: Tensor) -> tuple[object, ...]:
+    return x.dtype, x.device, x.layout, x.is_nested
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -205,4 +209,6 @@ def _misfit(expected: str, got: str) -> InputError:
 
 
 def _describe(x: Any) -> str:
-    return f"{x.dtype} {tuple(x.shape)} on {x.device}" if isinstance(x, Tensor) else type(x).__name__
+    if not isinstance(x, Tensor) or x.is_nested:  # a nested tensor has no shape
+        return type(x).__name__ if not isinstance(x, Tensor) else "a nested tensor"
+    return f"{x.dtype} {tuple(x.shape)} on {x.device}" + ("" if x.layout is torch.strided else f", {x.layout}")

@@ -54,7 +54,7 @@ def probe(inputs: Sequence[Any], batch: int | None = None, seed: int = 0) -> tup
         if not x.is_floating_point():
             return x
         spread = float(x.detach().double().std()) if x.numel() > 1 else 0.0
-        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64) * (spread or 1.0)
+        noise = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu") * (spread or 1.0)
         return torch.empty_like(x).copy_(noise + float(x.detach().double().mean()))  # in the example's memory format
 
     return tuple(one(x) for x in inputs)

@@ -4,6 +4,7 @@ import contextlib
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -267,10 +268,57 @@ def test_a_plan_without_shapes() -> None:
 
 
 def test_a_cache_folder_that_cannot_be_one(tmp_path: Path) -> None:
+    """Found out before anything is measured; /proc exists and takes no file, from root neither."""
     (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+    for path in (tmp_path / "file", tmp_path / "file" / "below", "/proc", "", 5, b"bytes"):
         with refused(InputError, where="cache_dir", expected="a folder", got="Error", do="leave cache_dir out"):
             build(cache_dir=path)
+
+
+def test_example_inputs_that_are_not_dense() -> None:
+    for x, got in ((EXAMPLE[0].to_sparse(), "sparse_coo"), (nested(), "a nested tensor")):
+        with refused(InputError, where="example_inputs", expected="dense tensors", got=got, do="to_dense()"):
+            build(inputs=x)
+        with refused(InputError, where="SparseModule", expected="(2, 5)", got=got, do="Compile again"):
+            build()(x)
+
+
+def nested() -> Tensor:
+    with warnings.catch_warnings(action="ignore"):
+        return torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+
+
+def test_a_model_in_a_parallel_wrapper() -> None:
+    with refused(InputError, where="model", expected="itself", got="DataParallel", do="model.module"):
+        build(nn.DataParallel(net()))
+
+
+def test_a_model_that_is_compiled_already() -> None:
+    with refused(InputError, where="model", expected="not compiled", got="a SparseModule", do="original model"):
+        build(build())
+    with refused(InputError, where="model", expected="not compiled", got="as its part '0'", do="original model"):
+        build(nn.Sequential(build(), nn.ReLU()))
+
+
+def test_a_model_without_an_evaluation_mode() -> None:
+    exported = torch.export.export(net(), EXAMPLE).module()
+    with refused(CaptureError, where="capture", expected="evaluation mode", got="NotImplementedError", do="exported"):
+        build(exported)
+
+
+def test_an_operator_that_torch_cannot_give_a_symbolic_shape() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 8), nn.Bilinear(8, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x), self.a(x))
+
+    model = Twice().eval()
+    with refused(CaptureError, where="bilinear in b", expected="without data", got="symbolic", do="dynamic_batch"):
+        build(model)
+    torch.testing.assert_close(build(model, dynamic_batch=False)(*EXAMPLE), model(*EXAMPLE))
 
 
 def test_a_model_for_one_batch_size_only() -> None:

@@ -59,12 +59,21 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     """
     before = [(module, dict(module.__dict__)) for module in model.modules()]
     try:
-        model.eval()
+        _evaluate(model)
         yield
     finally:
         for module, attributes in before:
             module.__dict__.clear()
             module.__dict__.update(attributes)
+
+
+def _evaluate(model: nn.Module) -> None:
+    try:
+        model.eval()
+    except Exception as error:  # noqa: BLE001 - torch.export's modules refuse; a user's own may raise anything
+        got = f"one whose eval() raises {type(error).__name__}: {_first_line(error)}"
+        advice = "Compile the model that was exported rather than what torch.export made of it."
+        raise _cannot(model, "a model with an evaluation mode", got, advice) from None
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], dynamic_batch: bool) -> torch.export.ExportedProgram:

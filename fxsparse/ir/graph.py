@@ -10,6 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from fxsparse.errors import CaptureError
+
 aten = torch.ops.aten
 
 
@@ -163,16 +165,30 @@ def refresh(gm: fx.GraphModule) -> None:
     gm.recompile()
 
 
+def _no_shape(n: fx.Node, error: Exception) -> CaptureError:
+    what = next(iter(str(error).splitlines()), "")[:300]
+    return CaptureError(
+        f"operator {operator_name(n)} in {owner(n)}",
+        expected="a shape that can be worked out without data",
+        got=f"{type(error).__name__}: {what}",
+        do="Some operators cannot with a symbolic batch: try dynamic_batch=False. If that fails too, please report it.",
+    )
+
+
 class _Refresh(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, fake: Callable[[Tensor], Tensor]) -> None:
         super().__init__(gm)
+        self.extra_traceback = False  # it would be appended to our own errors
         self.fake = fake
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         return self.fake(get_tensor(cast(fx.GraphModule, self.module), target))
 
     def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
+        try:
+            value = super().run_node(n)
+        except Exception as error:  # noqa: BLE001 - whatever the operator's shape function raises
+            raise _no_shape(n, error) from None
         if n.op != "output":
             n.meta["val"] = value
         return value

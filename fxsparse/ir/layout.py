@@ -25,8 +25,8 @@ class Layout:
     """
 
     def __init__(self, shapes: Mapping[fx.Node, Iterable[int]]) -> None:
-        self.kept = {n: [torch.zeros(size, dtype=torch.bool) for size in shape] for n, shape in shapes.items()}
-        self.cause = {n: [torch.zeros(len(k), dtype=torch.int64) for k in kept] for n, kept in self.kept.items()}
+        self.kept = {n: [_empty(size, torch.bool) for size in shape] for n, shape in shapes.items()}
+        self.cause = {n: [_empty(len(k), torch.int64) for k in kept] for n, kept in self.kept.items()}
         self.causes = ["needed"]
         self.tied: dict[tuple[tuple[fx.Node, int], tuple[fx.Node, int]], None] = {}  # a set that keeps its order
         self.changed = False
@@ -74,7 +74,7 @@ class Layout:
     def rectangle(self, node: fx.Node) -> Tensor:
         """Bool of the node's full shape: the elements that stay."""
         shape = self.shape(node)
-        mask = torch.ones((), dtype=torch.bool)
+        mask = torch.ones((), dtype=torch.bool, device="cpu")
         for dim, kept in enumerate(self.kept[node]):
             mask = mask & kept.view([-1 if d == dim else 1 for d in range(len(shape))])
         return mask.expand(shape)
@@ -123,3 +123,7 @@ class Layout:
         if cause not in self.causes:
             self.causes.append(cause)
         return self.causes.index(cause)
+
+
+def _empty(size: int, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(size, dtype=dtype, device="cpu")  # layouts are small, whatever the default device is

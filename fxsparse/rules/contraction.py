@@ -110,7 +110,7 @@ class Convolution(Contraction):
     def _couple_last_group(self, g: int, groups: int, x: fx.Node, w: fx.Node, channel: int, layout: Layout) -> None:
         """One group left: an ordinary convolution over that group's channels."""
         width = len(layout.kept[w][1])
-        own = torch.zeros(groups, width, dtype=torch.bool)
+        own = torch.zeros(groups, width, dtype=torch.bool, device="cpu")
         own[g] = layout.kept[w][1]
         layout.grow(x, channel, own.flatten(), "")
         layout.grow(w, 1, layout.kept[x][channel].view(groups, width)[g], "")

@@ -90,7 +90,8 @@ class Movement(Rule):
         sources, start, iotas = _sources(node, facts), 0, {}
         for n in sources:
             shape = layout.shape(n)
-            iota = torch.arange(start, start + facts.unknown[n].numel(), dtype=torch.float64).view(shape)
+            stop = start + facts.unknown[n].numel()
+            iota = torch.arange(start, stop, dtype=torch.float64, device="cpu").view(shape)
             iotas[n] = iota[layout.rectangle(n)].view(layout.new_shape(n))
             start += iota.numel()
         expected = self._map(node, facts).cpu()[layout.rectangle(node)].view(layout.new_shape(node))
@@ -128,7 +129,7 @@ def _sources(node: fx.Node, facts: Facts) -> list[fx.Node]:
 
 
 def _scatter(index: Tensor, size: int) -> Tensor:
-    chosen = torch.zeros(size, dtype=torch.bool)
+    chosen = torch.zeros(size, dtype=torch.bool, device="cpu")
     chosen[index[index >= 0].cpu()] = True
     return chosen
 

@@ -74,7 +74,7 @@ def run(
 def vjp(function: Callable[[Tensor], Tensor], like: Tensor, demanded: Tensor) -> Tensor:
     """Bool of `like`'s shape: inputs that reach a demanded output of `function`, which is linear and non-negative."""
     with torch.enable_grad():
-        x = torch.zeros(like.shape, device=like.device, requires_grad=True)
+        x = torch.zeros(like.shape, dtype=torch.float32, device=like.device, requires_grad=True)
         (gradient,) = torch.autograd.grad(function(x), x, demanded.float())
     return gradient > 0
 
