@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxsparse.coarsen import refill, with_batch_norm
+from fxsparse.coarsen import channel_features, coupled_weights, refill, refill_plus, with_batch_norm
 from fxsparse.errors import InputError, MaskError
 from fxsparse.ir.masks import Masks
 
@@ -138,7 +138,7 @@ def test_the_report_counts_what_changed() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"criterion": "l2"}, r"criterion 'l2': expected one of 'l1', 'count'; got 'l2'\.\n  Did you mean 'l1'"),
+        ({"criterion": "l2"}, r"criterion 'l2': expected one of 'l1', 'count', .*; got 'l2'\.\n  Did you mean 'l1'"),
         ({"criterion": "taylor"}, r"got 'taylor'\.\n  'l1' is the paper's default"),
         (
             {"extra": 1.5},
@@ -165,6 +165,192 @@ def test_weights_that_cannot_be_ranked_are_refused() -> None:
         InputError, match=r"weight 'w': expected finite numbers; got 1 NaN or infinite of 4\.\n  Training"
     ):
         refill({"w": torch.tensor([[1.0, float("inf")], [0.0, 0.0]])}, {"w": torch.eye(2)})
+
+
+# features
+
+
+class Scored(nn.Module):
+    """A convolution, a linear layer over tokens, and one over what is left of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.tokens, self.head = nn.Conv2d(2, 4, 3, padding=1), nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.tokens(torch.relu(self.conv(x)).flatten(2).transpose(1, 2))).mean(1))
+
+
+def outputs_of(model: Scored, x: Tensor) -> dict[str, Tensor]:
+    """Each layer's output as [N, O, P], computed step by step."""
+    conv = model.conv(x)
+    tokens = model.tokens(torch.relu(conv).flatten(2).transpose(1, 2))
+    return {"conv.weight": conv.flatten(2), "tokens.weight": tokens.transpose(1, 2)}
+
+
+@pytest.mark.parametrize("kind", ["feature_l1", "feature_l2"])
+def test_features_are_means_over_samples_and_positions_of_each_layer_s_own_channels(kind: str) -> None:
+    torch.manual_seed(0)
+    model, batches = Scored(), [torch.randn(4, 2, 3, 3), torch.randn(2, 2, 3, 3)]
+    found = channel_features(model, ["conv.weight", "tokens.weight"], batches, kind)
+    with torch.no_grad():
+        for name, output in outputs_of(model, torch.cat(batches)).items():
+            flat = output.transpose(0, 1).flatten(1).double()
+            want = flat.abs().mean(1) if kind == "feature_l1" else flat.square().mean(1).sqrt()
+            assert torch.allclose(found[name], want, rtol=1e-5)
+
+
+def test_saliency_is_how_much_the_loss_changes_to_first_order_when_a_channel_goes() -> None:
+    torch.manual_seed(0)
+    model, x, y = Scored(), torch.randn(6, 2, 3, 3), torch.tensor([0, 1, 2, 0, 1, 2])
+
+    def loss(out: Tensor, target: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(out, target, reduction="sum")
+
+    found = channel_features(model, ["conv.weight"], [(x[:4], y[:4]), (x[4:], y[4:])], "saliency", loss=loss)
+    for channel in range(4):
+        changes = []
+        for sample in range(6):  # a gate on one channel of one sample, moved by finite differences
+            values = []
+            for gate in (1 - 1e-4, 1 + 1e-4):
+                scaled = Scored().double()
+                scaled.load_state_dict(model.state_dict())
+                scaled.conv.weight.data[channel] *= gate
+                scaled.conv.bias.data[channel] *= gate
+                values.append(loss(scaled(x[sample : sample + 1].double()), y[sample : sample + 1]).item())
+            changes.append(abs(values[1] - values[0]) / 2e-4)
+        assert found["conv.weight"][channel] == pytest.approx(sum(changes) / 6, rel=1e-3)
+
+
+def test_channel_features_leaves_the_model_as_it_was() -> None:
+    model = Scored().train()
+    model.conv.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    data = [(torch.randn(2, 2, 3, 3), torch.tensor([0, 1]))]
+    channel_features(model, ["conv.weight"], data, "saliency", loss=nn.functional.cross_entropy)
+    assert (model.training, model.conv.training, model.tokens.training) == (True, False, True)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not model.conv._forward_hooks
+
+
+@pytest.mark.parametrize("criterion", ["feature_l1", "feature_l2", "saliency"])
+def test_rows_are_chosen_by_their_features(criterion: str) -> None:
+    mask = torch.tensor([[1, 0], [1, 0], [1, 0], [1, 0]])
+    score = {"w": torch.tensor([0.1, 3.0, 0.2, 3.0])}
+    found = refill({"w": torch.eye(4)[:, :2] + 9}, {"w": mask}, criterion=criterion, features=score)
+    assert found.masks["w"].any(1).tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (None, r"features of 'w': expected a score per row, .*; got none\.\n  features=channel_features"),
+        ({"w": torch.ones(3)}, r"features of 'w': expected 2 finite numbers, one per row; got shape \(3,\)\."),
+        (
+            {"w": torch.tensor([1.0, torch.nan])},
+            r"features of 'w': .*; got NaN or infinity among them\.\n  channel_feat",
+        ),
+    ],
+)
+def test_features_that_do_not_fit_are_refused(features: dict[str, Tensor] | None, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        refill({"w": torch.ones(2, 2)}, {"w": torch.eye(2)}, criterion="feature_l1", features=features)
+
+
+@pytest.mark.parametrize(
+    ("names", "batches", "kind", "message"),
+    [
+        (
+            ["conv.wieght"],
+            [torch.ones(1, 2, 3, 3)],
+            "feature_l1",
+            r"name 'conv.wieght': .*\n  Did you mean 'conv.weight'",
+        ),
+        (["conv.bias"], [torch.ones(1, 2, 3, 3)], "feature_l1", r"name 'conv.bias': expected the weight of a conv"),
+        (["conv.weight"], [], "feature_l1", r"batches: expected batches that run .*; got none that runs 'conv.weight'"),
+        (["conv.weight"], [], "l1", r"kind 'l1': expected one of 'feature_l1', .*; got 'l1'\.\n  "),
+        (["conv.weight"], [], "saliency", r"loss: expected a function .*; got None\.\n  For a classifier"),
+    ],
+)
+def test_features_that_cannot_be_computed_are_refused(
+    names: list[str], batches: list[Tensor], kind: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        channel_features(Scored(), names, batches, kind)
+
+
+# channels chosen together
+
+
+class Stage(nn.Module):
+    """A residual stage: what `stem` and `last` write is added up; `deep` is depthwise over what `up` writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn, self.drop = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Dropout(0.1)
+        self.up, self.deep, self.last = (
+            nn.Conv2d(8, 12, 1),
+            nn.Conv2d(12, 12, 3, padding=1, groups=12),
+            nn.Conv2d(12, 8, 1),
+        )
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(torch.relu(self.bn(self.stem(x))))
+        return self.head((x + self.last(torch.relu(self.deep(self.up(x))))).mean((2, 3)))
+
+
+def test_weights_that_write_the_same_channels_are_found() -> None:
+    model = Stage()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = coupled_weights(model, (torch.randn(1, 3, 5, 5),))
+    assert found == [["stem.weight", "last.weight"], ["up.weight", "deep.weight"]]
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_rows_that_move_to_another_place_are_not_coupled() -> None:
+    class Moved(Stage):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return self.head((x + self.last(self.up(x)).roll(1, 1)).mean((2, 3)))
+
+    assert coupled_weights(Moved(), (torch.randn(1, 3, 5, 5),)) == []
+
+
+def test_coupled_rows_are_chosen_by_their_sum_with_one_budget() -> None:
+    weights = {"a": torch.tensor([[1.0], [2.0], [3.0], [4.0]]), "b": torch.tensor([[5.0, 5], [0, 0], [0.1, 0], [0, 0]])}
+    masks = {"a": torch.ones(4, 1), "b": torch.tensor([[1, 1], [0, 0], [0, 0], [0, 0]]), "c": torch.eye(4)}
+    weights["c"] = torch.ones(4, 4)
+    found = refill(weights, masks, groups=[["a", "b", "dense"]])
+    assert found.masks["a"].any(1).tolist() == found.masks["b"].any(1).tolist() == [True, False, False, True]
+    assert found.masks["c"].any(1).tolist() == [True, False, False, False]
+    apart = refill(weights, masks).masks
+    assert apart["a"].any(1).tolist() == [True, True, True, True]
+
+
+def test_refill_plus_brings_back_a_fifth_of_the_dropped_rows() -> None:
+    weights, masks = given(0, 0.4)
+    found = refill_plus(weights, masks, criterion="count", round_to=2)
+    assert found.masks == refill(weights, masks, criterion="count", round_to=2, extra=0.2).masks
+    assert found.masks != refill(weights, masks, criterion="count", round_to=2).masks
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ([["a", "b"]], r"groups, 'b': expected as many rows as 'a' has, 4; got 3\.\n  Only weights that write"),
+        (
+            [["a", "c"], ["c"]],
+            r"groups, 'c': expected each parameter in one group; got it in two of them\.\n  Make one",
+        ),
+    ],
+)
+def test_weights_that_cannot_choose_together_are_refused(groups: list[list[str]], message: str) -> None:
+    weights = {"a": torch.ones(4, 2), "b": torch.ones(3, 2), "c": torch.ones(4, 2)}
+    with pytest.raises(MaskError, match=message):
+        refill(weights, weights, groups=groups)
 
 
 # batch norms

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from fxsparse.coarsen.channel_features import channel_features
 from fxsparse.coarsen.cost import Cost
+from fxsparse.coarsen.coupled import coupled_weights
 from fxsparse.coarsen.partition import partition
-from fxsparse.coarsen.refill import refill
+from fxsparse.coarsen.refill import refill, refill_plus
 from fxsparse.coarsen.regroup import regroup
 from fxsparse.coarsen.report import Coarsened, Layer, RowGroup
 from fxsparse.coarsen.shuffled_block import shuffled_block
@@ -15,8 +17,11 @@ __all__ = [
     "Cost",
     "Layer",
     "RowGroup",
+    "channel_features",
+    "coupled_weights",
     "partition",
     "refill",
+    "refill_plus",
     "regroup",
     "shuffled_block",
     "with_batch_norm",
