@@ -1,4 +1,4 @@
-"""The command line: `fxsparse plan | compile | bench | demo`.
+"""The command line: `fxsparse plan | compile | bench | coarsen | demo`.
 
 Results go to standard output, progress and errors to standard error. Exit status 0; 1 when a rewritten model failed its
 verification; 2 for input that does not fit; 130 when interrupted.
@@ -7,6 +7,7 @@ verification; 2 for input that does not fit; 130 when interrupted.
 from __future__ import annotations
 
 import argparse
+import base64
 import dataclasses
 import json
 import sys
@@ -19,19 +20,32 @@ from torch import Tensor, nn
 import fxsparse
 from fxsparse import load
 from fxsparse.backend import TARGETS
-from fxsparse.errors import FxSparseError, InputError, VerificationError
+from fxsparse.coarsen import Coarsened, partition, refill, refill_plus, regroup, shuffled_block
+from fxsparse.coarsen.page import page
+from fxsparse.errors import FxSparseError, InputError, VerificationError, near
 from fxsparse.progress import progress
+from fxsparse.report_html import picture, png
 
 _EXAMPLES = """\
 examples:
   fxsparse plan torchvision:resnet18 --masks masks.safetensors --input 1,3,224,224
   fxsparse compile models:vgg16_cifar --weights trained.pt --input 1,3,32,32 --html report.html
   fxsparse bench my_package.nets:small --input 8,3,64,64 --threads 1 >> rows.jsonl
+  fxsparse coarsen torchvision:resnet18 --masks masks.safetensors --method partition --out coarse.safetensors
   fxsparse demo --quick
 """
 _MODEL = f"""\
 {load.MODEL_FORMS}. A callable takes no arguments; modules are looked for in the current directory first. Without
 --masks, the zeros in the weights are the masks."""
+
+
+_METHODS: dict[str, Callable[..., Coarsened]] = {
+    "refill": refill,
+    "refill_plus": refill_plus,
+    "regroup": regroup,
+    "shuffled_block": shuffled_block,
+    "partition": partition,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,11 +100,31 @@ def _parser() -> argparse.ArgumentParser:
         )  # fmt: skip
     compiling.add_argument("--no-measure", action="store_true", help="build without timing it against the dense builds")
 
+    coarsening = command(
+        "coarsen", _coarsen, "turn masks into masks that run fast; this changes the function, so train"
+    )
+    _add_coarsen_arguments(coarsening)
+
     demo = command("demo", _demo, "train, prune, compile and time a small network, and write a report")
     demo.add_argument("--out", metavar="DIR", default="fxsparse-demo", help="folder to write to (default: %(default)s)")
     demo.add_argument("--seed", metavar="N", type=_seed, default=0, help="seed of everything random (default: 0)")
     demo.add_argument("--quick", action="store_true", help="train less: seconds instead of minutes")
     return parser
+
+
+def _add_coarsen_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help=_MODEL)
+    parser.add_argument("--masks", metavar="FILE", help=".safetensors file, one mask per parameter name, 1 = kept")
+    parser.add_argument("--weights", metavar="FILE", help="state dict, .safetensors or .pt (default: random weights)")
+    parser.add_argument(
+        "--method", metavar="NAME", required=True, help=f"how rows and columns are chosen: {', '.join(_METHODS)}"
+    )
+    parser.add_argument("--out", metavar="FILE", type=_output_file, required=True, help=".safetensors file to write")
+    parser.add_argument(
+        "--group-rows", metavar="N", type=_group_rows,
+        help="rows that share columns: of a group, tile or block (default: the method's own, 32 or 16)",
+    )  # fmt: skip
+    parser.add_argument("--html", metavar="FILE", type=_output_file, help="write a page with pictures of the masks")
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -146,6 +180,45 @@ def _demo(arguments: argparse.Namespace) -> None:
     demo.run(arguments.out, arguments.seed, arguments.quick)
 
 
+def _coarsen(arguments: argparse.Namespace) -> None:
+    method = _METHODS.get(arguments.method)
+    if method is None:
+        raise InputError(
+            "--method",
+            expected=f"one of {', '.join(_METHODS)}",
+            got=repr(arguments.method),
+            do=near(arguments.method, _METHODS) or "--method partition keeps the most of the weights.",
+        )
+    with progress():
+        model = load.load_model(arguments.model)
+        if arguments.weights is not None:
+            load.load_weights(model, arguments.weights)
+        masks = fxsparse.Masks.load(arguments.masks) if arguments.masks else fxsparse.Masks.from_zeros(model)
+        masks = masks.check(model)
+        found = method(dict(model.named_parameters()), masks, **_rows_of_a_group(arguments))
+    print(found)
+    found.masks.save(arguments.out)
+    if arguments.html is not None:
+        text = page(found, masks, f"fxsparse coarsen: {arguments.model}, {arguments.method}", _picture_uri)
+        arguments.html.write_text(text, encoding="utf-8")
+
+
+def _rows_of_a_group(arguments: argparse.Namespace) -> dict[str, int]:
+    names = {"partition": "group_rows", "regroup": "row_tile", "shuffled_block": "block"}
+    if arguments.group_rows is None:
+        return {}
+    if arguments.method not in names:
+        raise InputError(
+            "--group-rows", expected=f"it with {', '.join(names)}", got=f"it with {arguments.method}",
+            do="Leave it out: whole rows are kept, not groups.",
+        )  # fmt: skip
+    return {names[arguments.method]: arguments.group_rows}
+
+
+def _picture_uri(mask: Tensor) -> str:
+    return "data:image/png;base64," + base64.b64encode(png(picture(mask))).decode()
+
+
 def _build(arguments: argparse.Namespace, measure: bool) -> fxsparse.Report:
     with progress():
         model, masks, inputs = _load(arguments)
@@ -194,6 +267,10 @@ def _output_file(text: str) -> Path:
             f"output file {text!r}", expected="a file", got="a folder", do=f"{text.rstrip('/')}/report, say."
         )
     return path
+
+
+def _group_rows(text: str) -> int:
+    return _whole_number("--group-rows", text, least=1)
 
 
 def _threads(text: str) -> int:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import fxsparse
+import fxsparse.coarsen
 from fxsparse import cli, load
 from fxsparse.errors import TargetError, VerificationError
 from fxsparse.progress import progress
@@ -352,3 +353,39 @@ def test_the_smallest_model_end_to_end(
     wrong = fxsparse.Masks({"wieght": torch.ones(2, 4)})
     wrong.save(nets / "masks.safetensors")
     assert "Did you mean 'weight'?" in refused("compile", *model)
+
+
+@pytest.mark.parametrize("method", ["refill", "refill_plus", "regroup", "shuffled_block", "partition"])
+def test_coarsen_writes_new_masks_and_a_page_and_prints_what_changed(
+    nets: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    weight = torch.arange(64.0).reshape(8, 8).sin()
+    (nets / "nets_more.py").write_text("from torch import nn\ndef net(): return nn.Linear(8, 8, bias=False)\n")
+    save_file({"weight": weight}, nets / "weights.safetensors")
+    fxsparse.Masks({"weight": weight > 0.2}).save(nets / "masks.safetensors")
+    files = ["--masks", "masks.safetensors", "--weights", "weights.safetensors", "--out", "new/out.safetensors"]
+    assert cli.main(["coarsen", "nets_more:net", *files, "--method", method, "--html", "new/page.html"]) == 0
+    masks = fxsparse.Masks.load(nets / "new/out.safetensors")
+    found = getattr(fxsparse.coarsen, method)({"weight": weight}, {"weight": weight > 0.2})
+    assert masks == found.masks
+    out, err = capsys.readouterr()
+    assert out == f"{found}\n"
+    assert "coarsen weight" in err
+    assert (nets / "new/page.html").read_text().count("data:image/png;base64,") == 3
+
+
+def test_coarsen_passes_on_the_rows_of_a_group(nets: Path) -> None:
+    save_file({"weight": torch.eye(2, 4)}, nets / "weights.safetensors")
+    common = ["coarsen", "nets_here:tiny", "--weights", "weights.safetensors", "--out", "out.safetensors"]
+    assert cli.main([*common, "--method", "partition", "--group-rows", "1"]) == 0
+    assert fxsparse.Masks.load(nets / "out.safetensors")["weight"].equal(torch.eye(2, 4).bool())
+
+
+def test_coarsen_refuses_what_does_not_fit(nets: Path, refused: Callable[..., str]) -> None:
+    common = ["coarsen", "nets_here:tiny", "--out", "out.safetensors", "--method"]
+    assert "Did you mean 'regroup'?" in refused(*common, "regrup")
+    assert "--group-rows: expected it with partition, regroup, shuffled_block" in refused(
+        *common, "refill", "--group-rows", "4"
+    )
+    assert "--group-rows: expected a whole number" in refused(*common, "partition", "--group-rows", "0")
+    assert not (nets / "out.safetensors").exists()
