@@ -182,14 +182,22 @@ class _Case:
 def _packed_case(node: fx.Node, packed: ShuffledBlock, batch: int) -> _Case:
     val = cast(fx.Node, node.args[0]).meta["val"]
     shape = [size if isinstance(size, int) else batch for size in val.shape]
-    geometry = {}
+    geometry: dict[str, Any] = {}
     if node.target is aten.conv2d.default:
         geometry = {n: _pair(arg(node, n)) for n in ("stride", "padding", "dilation")}
         shape = [shape[i] for i in (0, 2, 3, 1)]
     x = torch.ones(shape, dtype=val.dtype, device=val.device)
     in_order = dataclasses.replace(packed, rows=torch.arange(len(packed.rows), dtype=torch.int32))
     blocks = hashlib.sha256(packed.row_ptr.numpy().tobytes() + packed.columns.numpy().tobytes()).hexdigest()[:16]
-    key = ("shuffled_block", digest("shuffled_block"), tuple(shape), packed.shape, str(geometry), blocks, str(val.dtype))
+    key = (
+        "shuffled_block",
+        digest("shuffled_block"),
+        tuple(shape),
+        packed.shape,
+        str(geometry),
+        blocks,
+        str(val.dtype),
+    )
     return _Case(key, lambda: multiply(in_order, x, **geometry))
 
 

@@ -251,6 +251,7 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[str]]:
         "density": lambda row: f"{row.density:.3f}",
         "rows\nremoved": lambda row: str(row.rows_removed or ""),
         "columns\nremoved": lambda row: str(row.columns_removed or ""),
+        "stored as": lambda row: row.stored.replace("_", " ") if any(r.stored != "dense" for r in rows) else "",
         "params": lambda row: f"{count(row.params_after)} {percent(row.params_after, row.params_before):>4}",
         "MACs": lambda row: f"{count(row.macs_after)} {percent(row.macs_after, row.macs_before):>4}",
         "dense\nus": lambda row: duration(row.dense_us),
@@ -308,7 +309,7 @@ def _table(columns: Mapping[str, Sequence[str]]) -> str:
     """Text to the left, numbers to the right. The header is a row of the body: tabulate pads real headers by two."""
     rule = ["-" * _cell_width([header, *cells]) for header, cells in columns.items()]
     body = [list(columns), rule, *zip(*columns.values(), strict=True)]
-    left = ("weight", "shape", "kept", "blocked", "build", "pass", "reason", "first")
+    left = ("weight", "shape", "stored", "kept", "blocked", "build", "pass", "reason", "first")
     align = ["left" if header.startswith(left) else "right" for header in columns]
     return str(tabulate(body, tablefmt="plain", colalign=align, disable_numparse=True))
 

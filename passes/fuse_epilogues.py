@@ -43,7 +43,9 @@ def plan(gm: fx.GraphModule, ctx: Context) -> list[Decision]:
         if chain.sum is not None or chain.activation != "none":
             taken.update(chain.nodes)
             what = "fuse " + " and ".join(operator_name(n) for n in chain.nodes if n.target is not aten.permute.default)
-            found.append(Decision("fuse_epilogues", owner(layer), what, "only it reads the result", data={"chain": chain}))
+            found.append(
+                Decision("fuse_epilogues", owner(layer), what, "only it reads the result", data={"chain": chain})
+            )
     return found[::-1]
 
 
@@ -72,24 +74,25 @@ def _inside(gm: fx.GraphModule, x: fx.Node, is_conv: bool) -> fx.Node:
 def _chain(layer: fx.Node, taken: set[fx.Node]) -> _Chain:
     """Follow the only readers: the permute back, a sum, an activation. What is fused already may not be fused again."""
     chain = _Chain(layer, [])
-    free = arg(layer, "activation") == "none"
-    node = layer
-    if free and (user := _only_user(node)) is not None and _is_permute_back(user):
+    if arg(layer, "activation") != "none":
+        return chain
+    node, user = layer, _only_user(layer, taken)
+    if user is not None and _is_permute_back(user):
         chain.nodes.append(user)
-        node = user
-    if free and arg(layer, "residual") is None and (user := _only_user(node)) is not None and user not in taken:
-        if _is_sum(user, node):
-            chain.nodes.append(user)
-            chain.sum = node = user
-    user = _only_user(node)
-    if free and user is not None and user not in taken and (activation := _activation(user)):
+        node, user = user, _only_user(user, taken)
+    if user is not None and arg(layer, "residual") is None and _is_sum(user, node):
+        chain.nodes.append(user)
+        chain.sum, user = user, _only_user(user, taken)
+    if user is not None and (activation := _activation(user)):
         chain.nodes.append(user)
         chain.activation = activation
     return chain
 
 
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
+def _only_user(node: fx.Node, taken: set[fx.Node]) -> fx.Node | None:
+    """The one reader of `node`, unless another layer has it already."""
+    user = next(iter(node.users)) if len(node.users) == 1 else None
+    return user if user not in taken else None
 
 
 def _is_permute_back(node: fx.Node) -> bool:

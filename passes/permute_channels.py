@@ -12,6 +12,7 @@ from typing import cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from fxsparse.analysis.axes import Numbering, followers, numberings
@@ -44,13 +45,14 @@ def apply(gm: fx.GraphModule, decision: Decision) -> None:
             if node.op == "get_attr":
                 weight = get_tensor(gm, str(node.target))
                 replace_weight(gm, node, weight.index_select(dim, indices.to(weight.device)).contiguous())
-    position = torch.empty_like(order)
-    position[order] = torch.arange(len(order))
+    position = _inverse(order)
     for node in cast("list[fx.Node]", decision.data["writers"]):
-        node.meta[GROUPS] = [np.sort(position.numpy()[rows]) for rows in node.meta[GROUPS]]
+        node.meta[GROUPS] = [np.sort(position[rows]) for rows in node.meta[GROUPS]]
 
 
-def _decide(gm: fx.GraphModule, numbering: Numbering, writers: list[fx.Node], behind: list[Numbering]) -> Decision | None:
+def _decide(
+    gm: fx.GraphModule, numbering: Numbering, writers: list[fx.Node], behind: list[Numbering]
+) -> Decision | None:
     out_of_order = [n for n in writers if not _in_order(n)]
     if not out_of_order:
         return None
@@ -60,14 +62,20 @@ def _decide(gm: fx.GraphModule, numbering: Numbering, writers: list[fx.Node], be
         why = numbering.pinned or "others that it is added to would have to follow"
         return Decision("permute_channels", where, f"{what}: {len(out_of_order)} scatter their rows", why, False)
     order = _order(leader, _size(numbering))
-    others = [owner(n) for n in writers if n is not leader]
+    others = [owner(n) for n in writers if not _in_order(n, _inverse(order))]
     why = "nothing tells its channels apart" + (f"; {', '.join(others)} scatter their rows" if others else "")
     data = {"order": order, "numberings": [numbering, *behind], "writers": writers}
     return Decision("permute_channels", where, what, why, data=data)
 
 
-def _in_order(node: fx.Node) -> bool:
-    return all((np.diff(rows) == 1).all() for rows in node.meta[GROUPS])
+def _in_order(node: fx.Node, position: NDArray[np.int64] | None = None) -> bool:
+    """Whether the rows of every group follow each other, with row r at `position[r]`."""
+    groups = node.meta[GROUPS] if position is None else [np.sort(position[rows]) for rows in node.meta[GROUPS]]
+    return all((np.diff(rows) == 1).all() for rows in groups)
+
+
+def _inverse(order: Tensor) -> NDArray[np.int64]:
+    return order.argsort().numpy()
 
 
 def _writes(node: fx.Node) -> int:

@@ -97,7 +97,9 @@ def test_any_convolution_agrees_with_the_dense_one(case: tuple[Tensor, Tensor, d
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 300), st.integers(1, 200), st.lists(st.integers(1, 9), min_size=0, max_size=3), st.integers(0, 99))
+@given(
+    st.integers(1, 300), st.integers(1, 200), st.lists(st.integers(1, 9), min_size=0, max_size=3), st.integers(0, 99)
+)
 def test_any_linear_layer_agrees_with_the_dense_one(rows: int, columns: int, lead: list[int], seed: int) -> None:
     w = blocks((rows, columns), 32, 0.3, seed)
     agrees(w, torch.randn(*lead, columns, generator=torch.Generator().manual_seed(seed)), {})
@@ -130,9 +132,7 @@ def test_real_layers_agree(
 @pytest.mark.parametrize("rows", [16, 20, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("residual", [False, True])
-def test_bias_residual_and_activation_are_fused(
-    activation: str, rows: int, dtype: torch.dtype, residual: bool
-) -> None:
+def test_bias_residual_and_activation_are_fused(activation: str, rows: int, dtype: torch.dtype, residual: bool) -> None:
     g = torch.Generator().manual_seed(0)
     w, x = blocks((80, 24, 3, 3), rows, 0.4, 3).to(dtype), torch.randn(2, 9, 11, 24, generator=g).to(dtype)
     extra = torch.randn(2, 9, 11, 80, generator=g).to(dtype) if residual else None
@@ -256,7 +256,7 @@ def test_a_weight_of_zeros_has_no_groups() -> None:
 DAMAGE = {
     "column": ("columns", lambda t: t + 10_000),
     "row below": ("rows", lambda t: t - 100),
-    "row twice": ("rows", lambda t: torch.zeros_like(t)),
+    "row twice": ("rows", torch.zeros_like),
     "pointers": ("column_ptr", lambda t: t.flip(0)),
     "fewer values": ("values", lambda t: t[:-16]),
     "columns out of order": ("columns", lambda t: t.flip(0)),
@@ -338,7 +338,7 @@ def test_the_kernel_is_clean_under_address_and_undefined_behavior_sanitizers(tmp
     flags = "g++ -DFXSPARSE_FEW_TILES -fsanitize=address,undefined -fno-sanitize-recover=undefined"
     environment = {**os.environ, "CXX": flags, "LD_PRELOAD": found.stdout.strip(), "FXSPARSE_CACHE_DIR": str(tmp_path),
                    "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(root)}  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", SANITIZED], env=environment, capture_output=True, text=True, cwd=root)
+    done = subprocess.run([sys.executable, "-c", SANITIZED], env=environment, capture_output=True, text=True, cwd=root, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "clean"
 

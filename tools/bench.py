@@ -32,6 +32,7 @@ from fxsparse.contest import dense_builds
 from fxsparse.ir.capture import capture
 from fxsparse.measure import Runs, cpu_name, play_off
 from fxsparse.passes import Context, canonicalize, run
+from tools.block_recipes import BLOCK_RECIPES
 from tools.recipes import RECIPES, randomize_batch_norm
 from tools.slim import native_slim
 
@@ -56,7 +57,21 @@ SPINE: list[dict[str, Any]] = [
     {"model": "mobilenet_v2", "recipe": "dead_rows_alive_bias", "batch": 1, "threads": 1},
     {"model": "resnet18", "recipe": "unstructured", "batch": 1, "threads": 1, "sparsity": 0.95},
 ]
-SUITES: dict[str, list[dict[str, Any]]] = {"spine": SPINE}
+BLOCKS: list[dict[str, Any]] = [
+    *(
+        {"model": model, "recipe": "shuffled_blocks", "sparsity": 0.74, "rows": 64, "batch": batch, "threads": threads}
+        for model in ("vgg16", "resnet50", "resnet18", "vit_b_16")
+        for batch in (1, 16)
+        for threads in (1, 2)
+    ),
+    *(
+        {"model": "resnet50", "recipe": "shuffled_blocks", "sparsity": sparsity, "rows": rows, "batch": 1, "threads": 1}
+        for sparsity, rows in ((0.15, 64), (0.5, 64), (0.74, 32), (0.74, 16), (0.9, 64), (0.95, 64))
+    ),
+    {"model": "resnet50", "recipe": "shuffled_blocks_apart", "sparsity": 0.74, "rows": 64, "batch": 1, "threads": 1},
+    {"model": "mobilenet_v2", "recipe": "shuffled_blocks", "sparsity": 0.74, "rows": 32, "batch": 1, "threads": 1},
+]
+SUITES: dict[str, list[dict[str, Any]]] = {"spine": SPINE, "blocks": BLOCKS}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,8 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description="Measured rows; see the module's text.")
     parser.add_argument("--model", default="resnet18", help="a name in models or torchvision.models")
-    parser.add_argument("--recipe", default="refill_coupled", help=f"{', '.join(RECIPES)} or refill_coupled")
+    parser.add_argument(
+        "--recipe", default="refill_coupled", help=f"{', '.join([*RECIPES, *BLOCK_RECIPES])} or refill_coupled"
+    )
     parser.add_argument("--sparsity", type=float, default=0.5)
+    parser.add_argument("--rows", type=int, default=32, help="rows of a group, for shuffled blocks")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--side", type=int, default=0, help="image side; 0: 32 for CIFAR models, else 224")
     parser.add_argument("--threads", type=int, default=1)
@@ -106,7 +124,7 @@ def run_case(arguments: argparse.Namespace) -> dict[str, Any]:
     torch.set_num_threads(arguments.threads)
     dtype = getattr(torch, arguments.dtype)
     model = build_model(arguments.model).to(arguments.device, dtype)
-    masks = fxsparse.Masks(make_masks(arguments.recipe, model, arguments.sparsity))
+    masks = fxsparse.Masks(make_masks(arguments.recipe, model, arguments.sparsity, arguments.rows))
     side = arguments.side or (32 if arguments.model.endswith("_cifar") else 224)
     x = torch.randn(arguments.batch, 3, side, side, generator=torch.Generator().manual_seed(0)).to(
         arguments.device, dtype
@@ -116,7 +134,8 @@ def run_case(arguments: argparse.Namespace) -> dict[str, Any]:
     ours: dict[str, Callable[[], object]] = {"fxsparse": lambda: fast(x)}
     rivals = _dense(model, masks, x, arguments.target) | _onnxruntime(model, masks, x, arguments.threads)
     with _Stages() as slim_stages:
-        ours |= _slim(model, fast.report, x, arguments.target)
+        if arguments.recipe not in BLOCK_RECIPES:
+            ours |= _slim(model, fast.report, x, arguments.target)
     runs = play_off(ours, rivals, arguments.seconds)
     return _row(arguments, fast.report, runs, {**stages.seconds, "slim": sum(slim_stages.seconds.values())})
 
@@ -134,10 +153,12 @@ def build_model(name: str) -> nn.Module:
     return model
 
 
-def make_masks(recipe: str, model: nn.Module, sparsity: float) -> Mapping[str, Tensor]:
+def make_masks(recipe: str, model: nn.Module, sparsity: float, rows: int = 32) -> Mapping[str, Tensor]:
     """`refill_coupled` is refill_like with the channels of residual groups chosen together."""
     if recipe == "refill_coupled":
         return RECIPES["refill_like"](model, sparsity=sparsity, seed=0, coupled=True)  # type: ignore[call-arg]
+    if recipe in BLOCK_RECIPES:
+        return BLOCK_RECIPES[recipe](model, sparsity=sparsity, seed=0, rows=rows)
     return RECIPES[recipe](model, sparsity=sparsity, seed=0)
 
 
@@ -236,7 +257,7 @@ def _row(
     mac_ratio = report.macs_before / max(report.macs_after, 1)
     speedup = ratios[len(ratios) // 2]
     row = {
-        **{k: getattr(arguments, k) for k in ("model", "recipe", "sparsity", "batch", "threads", "dtype", "target")},
+        **{k: getattr(arguments, k) for k in ("model", "recipe", "sparsity", "rows", "batch", "threads", "dtype", "target")},
         "params_before": report.params_before, "params_after": report.params_after,
         "macs_before": report.macs_before, "macs_after": report.macs_after, "mac_ratio": round(mac_ratio, 4),
         "chosen": report.chosen, "best_dense": dense, "dense_ms": round(runs.median(dense), 4),
@@ -257,7 +278,7 @@ def _row(
 def _provenance(arguments: argparse.Namespace) -> dict[str, Any]:
     cuda = arguments.device.startswith("cuda")
     command = f"python -m tools.bench --model {arguments.model} --recipe {arguments.recipe}"
-    command += f" --sparsity {arguments.sparsity} --batch {arguments.batch} --threads {arguments.threads}"
+    command += f" --sparsity {arguments.sparsity} --rows {arguments.rows} --batch {arguments.batch} --threads {arguments.threads}"
     return {
         "machine": torch.cuda.get_device_name() if cuda else f"{cpu_name()}, {platform.machine()}",
         "versions": {"torch": torch.__version__, "python": platform.python_version(), "fxsparse": fxsparse.__version__},

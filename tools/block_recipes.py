@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -39,3 +42,9 @@ def _blocks(weight: Tensor, order: Tensor, sparsity: float, rows: int, generator
     for group in order.split(rows):
         mask[group[:, None], torch.randperm(columns, generator=generator)[:kept]] = True
     return mask.view(weight.shape)
+
+
+BLOCK_RECIPES: dict[str, Callable[..., dict[str, Tensor]]] = {
+    "shuffled_blocks": shuffled_blocks,
+    "shuffled_blocks_apart": partial(shuffled_blocks, coupled=False),
+}

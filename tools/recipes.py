@@ -257,6 +257,7 @@ def masked_layers(model: nn.Module) -> dict[str, Layer]:
 
 
 def first_convolution(model: nn.Module) -> str | None:
+    """Its name; None when there is none."""
     return next((n for n, layer in _layers(model).items() if not isinstance(layer, nn.Linear)), None)
 
 

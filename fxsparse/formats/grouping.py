@@ -19,9 +19,10 @@ _GATHERED = (16, 32)  # rows per greedy group, the cheaper of these
 
 Rows = NDArray[np.int64]
 Bits = NDArray[np.bool_]
+Numbers = NDArray[np.int64] | NDArray[np.float32]
 
 
-def cost(rows: NDArray[np.int64] | int, columns: NDArray[np.int64] | int) -> NDArray[np.int64]:
+def cost(rows: Numbers | int, columns: Numbers | int) -> NDArray[np.int64]:
     """Relative time of groups of `rows` x `columns`."""
     return np.asarray((np.asarray(rows) + LANES - 1) // LANES * LANES * (np.asarray(columns) + START_COLUMNS))
 
@@ -97,7 +98,9 @@ def _unions(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float3
     return np.asarray(a.sum(1)[:, None] + b.sum(1)[None] - a @ b.T)
 
 
-def _saved(sizes: NDArray[np.int64], union: NDArray[np.float32], own: NDArray[np.float32], row: int | None = None) -> NDArray[np.float64]:
+def _saved(
+    sizes: NDArray[np.int64], union: NDArray[np.float32], own: NDArray[np.float32], row: int | None = None
+) -> NDArray[np.float64]:
     """Cost of two groups less that of the merged one, for all pairs or those with `row`."""
     alone = cost(sizes, own)
     if row is None:

@@ -130,7 +130,7 @@ def pack(weight: Tensor, groups: Sequence[NDArray[np.int64]] | None = None) -> S
     flat = _as_rows(weight.detach().cpu())
     used = (flat != 0).numpy()
     groups = group_rows(used) if groups is None else groups
-    parts = [_pack_group(flat, rows, used[rows].any(0)) for rows in groups]
+    parts = [_pack_group(flat, rows, np.logical_or.reduce(used[rows])) for rows in groups]
     return ShuffledBlock(
         values=torch.cat([p[1].flatten() for p in parts]) if parts else flat.new_zeros(0),
         value_ptr=_pointers([p[1].numel() for p in parts], torch.int64),

@@ -71,7 +71,6 @@ def pointwise(kernel: Pair, stride: Pair, padding: Pair) -> bool:
     return tuple(kernel) == tuple(stride) == (1, 1) and tuple(padding) == (0, 0)
 
 
-@torch.library.register_fake("fxsparse::shuffled_block", lib=_library)
 def _fake(x: Tensor, *arguments: Any) -> Tensor:
     out_channels, kernel, stride, padding, dilation, _ = arguments[8:]
     return x.new_empty(_shape(x, out_channels, kernel, stride, padding, dilation))
@@ -97,7 +96,8 @@ def reference(x: Tensor, *arguments: Any) -> Tensor:
     packed, bias, residual = arguments[:6], arguments[6], arguments[7]
     out_channels, kernel, stride, padding, dilation, activation = arguments[8:]
     shape = (out_channels, x.shape[-1], *kernel)
-    weight = unpack(ShuffledBlock(*(t.cpu() for t in packed), shape)).to(x)
+    values, value_ptr, columns, column_ptr, rows, row_ptr = (t.cpu() for t in packed)
+    weight = unpack(ShuffledBlock(values, value_ptr, columns, column_ptr, rows, row_ptr, shape)).to(x)
     if pointwise(kernel, stride, padding):
         y = F.linear(x, weight.flatten(1))
     else:
@@ -112,5 +112,6 @@ def _epilogue(y: Tensor, bias: Tensor | None, residual: Tensor | None, activatio
     return cast(Tensor, _ACTIVATION[activation](y))
 
 
+torch.library.register_fake("fxsparse::shuffled_block", _fake, lib=_library)
 _library.impl("shuffled_block", reference, "CompositeExplicitAutograd")
 _library.impl("shuffled_block", _cpu, "CPU")

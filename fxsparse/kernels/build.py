@@ -101,8 +101,9 @@ def _build(source: Path, command: list[str], path: Path) -> None:
         done = subprocess.run([*command, str(source), "-o", name], capture_output=True, text=True, check=False)
         if done.returncode:
             lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+            by_hand = shlex.join([*command, str(source), "-o", "/dev/null"])
             raise TargetError(f"kernel {source.name}", expected="a C++17 compiler with OpenMP", got=lines[0][:300],
-                              do=f"Try it by hand: {shlex.join([*command, str(source), '-o', '/dev/null'])}")  # fmt: skip
+                              do=f"Try it by hand: {by_hand}")  # fmt: skip
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)

@@ -1,0 +1,307 @@
+"""choose_formats, permute_channels, lower_formats and fuse_epilogues: what they decide, and that results stay.
+
+Weights and inputs are small integers here: every sum is exact in float32, so a right rewrite is equal bit for bit.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+import fxsparse
+from fxsparse.analysis import axes
+from fxsparse.formats.shuffled_block_op import shuffled_block
+from fxsparse.ir.capture import capture
+from fxsparse.ir.decision import Decision
+from fxsparse.ir.graph import arg, operator_name
+from fxsparse.ir.masks import Masks
+from fxsparse.passes import STORAGE, Context, canonicalize, fuse_epilogues, run
+from tests.test_shuffled_block import blocks
+
+FORCED = Context(formats=("shuffled_block",), force_formats=True)
+
+
+class Of(nn.Module):
+    """Named layers and a function of them."""
+
+    def __init__(self, function: Callable[..., Tensor], **layers: nn.Module) -> None:
+        super().__init__()
+        self.layers, self.function = nn.ModuleDict(layers), function
+        for i, layer in enumerate(layers.values()):
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                with torch.no_grad():
+                    sparse = layer.weight.shape[0] >= 32 and layer.weight[0].numel() >= 4
+                    shape = tuple(layer.weight.shape)
+                    layer.weight.copy_(((blocks(shape, 16, 0.3 if sparse else 1.0, i) * 2).round()).clamp(-2, 2))
+                    if layer.bias is not None:
+                        layer.bias.copy_(torch.arange(shape[0]) % 5 - 2)
+
+    def forward(self, *x: Tensor) -> Tensor:
+        return self.function(self.layers, *x)
+
+
+def conv(ins: int, outs: int, size: int = 3, **options: Any) -> nn.Conv2d:
+    return nn.Conv2d(ins, outs, size, padding=size // 2, **options)
+
+
+def integers(*shape: int) -> Tensor:
+    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(1)).float()
+
+
+def stored(model: nn.Module, *x: Tensor, ctx: Context = FORCED) -> tuple[fx.GraphModule, list[Decision]]:
+    """The graph after the storage passes, checked: equal outputs, and a second run accepts nothing."""
+    model.eval()
+    gm = capture(model, x, Masks(), dynamic_batch=True)
+    run(gm, [canonicalize], Context())
+    plan = run(gm, STORAGE, ctx)
+    again = [d for step in (canonicalize, *STORAGE) for d in step.plan(gm, ctx) if d.accepted]
+    assert not again
+    with torch.no_grad():
+        for batch in (x, tuple(torch.cat([t, t.flip(0)]) for t in x)):
+            ours, theirs = gm(*batch), model(*batch)
+            assert torch.equal(ours, theirs), f"off by {(ours - theirs).abs().max()}"
+    return gm, list(plan.decisions)
+
+
+def of(decisions: list[Decision], step: str) -> list[Decision]:
+    return [d for d in decisions if d.step == step]
+
+
+def layers(gm: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in gm.graph.nodes if n.target is shuffled_block]
+
+
+def scattered(gm: fx.GraphModule) -> int:
+    rows = [gm.get_buffer(str(arg(n, "rows").target)) for n in layers(gm)]
+    ends = [gm.get_buffer(str(arg(n, "row_ptr").target)) for n in layers(gm)]
+    return sum(
+        any((r[a:b].diff() != 1).any() for a, b in itertools.pairwise(e)) for r, e in zip(rows, ends, strict=True)
+    )
+
+
+def test_a_chain_of_convolutions_is_permuted_and_fused_whole() -> None:
+    model = Of(lambda m, x: m["c"](F.relu(m["b"](F.relu(m["a"](x))))), a=conv(8, 64), b=conv(64, 48), c=conv(48, 5, 1))
+    gm, decisions = stored(model, integers(2, 8, 9, 7))
+    assert [d.why for d in of(decisions, "permute_channels")] == ["nothing tells its channels apart"] * 2
+    assert [arg(n, "activation") for n in layers(gm)] == ["relu", "relu"]
+    assert scattered(gm) == 0
+    assert "relu" not in {operator_name(n) for n in gm.graph.nodes}
+
+
+def test_a_residual_sum_is_fused_into_the_later_layer_and_shares_one_numbering() -> None:
+    def forward(m: nn.ModuleDict, x: Tensor) -> Tensor:
+        y = F.relu(m["a"](x))
+        return m["end"](F.relu(y + m["c"](F.relu(m["b"](y)))))
+
+    model = Of(forward, a=conv(8, 64), b=conv(64, 32), c=conv(32, 64), end=conv(64, 3))
+    gm, decisions = stored(model, integers(2, 8, 6, 6))
+    notes = {d.where: d.why for d in of(decisions, "permute_channels")}
+    assert notes["layers.a"] == "nothing tells its channels apart; layers.c scatter their rows"
+    assert [arg(n, "residual") is not None for n in layers(gm)] == [False, False, True]
+    assert scattered(gm) == 1
+
+
+def test_layers_with_equal_groups_in_a_residual_sum_scatter_nothing() -> None:
+    model = Of(lambda m, x: m["end"](m["a"](x) + m["b"](x)), a=conv(8, 64), b=conv(8, 64), end=conv(64, 3))
+    with torch.no_grad():
+        model.layers["b"].weight.copy_(model.layers["a"].weight.flip(0).flip(0) * 2)
+    gm, decisions = stored(model, integers(1, 8, 5, 5))
+    assert "scatter" not in str(of(decisions, "permute_channels"))
+    assert scattered(gm) == 0
+
+
+def test_a_branch_that_another_reader_sees_is_not_fused() -> None:
+    def forward(m: nn.ModuleDict, x: Tensor) -> Tensor:
+        y = m["a"](x)
+        return m["end"](F.relu(y)) + y.sum()
+
+    _, decisions = stored(Of(forward, a=conv(4, 32), end=conv(32, 2)), integers(2, 4, 5, 5))
+    assert not of(decisions, "fuse_epilogues")
+
+
+@pytest.mark.parametrize(
+    ("activation", "name"),
+    [(F.relu, "relu"), (F.relu6, "relu6"), (F.silu, "silu"), (F.gelu, "gelu"), (F.hardswish, "hardswish")],
+)
+def test_every_activation_the_kernel_knows_is_fused(activation: Callable[[Tensor], Tensor], name: str) -> None:
+    model = Of(lambda m, x: activation(m["a"](x)), a=nn.Linear(40, 32)).eval()
+    gm = capture(model, (x := integers(3, 40),), Masks(), dynamic_batch=True)
+    run(gm, [canonicalize, *STORAGE], FORCED)
+    assert [arg(n, "activation") for n in layers(gm)] == [name]
+    with torch.no_grad():
+        torch.testing.assert_close(gm(x), model(x), rtol=2e-6, atol=1e-6)
+
+
+def test_gelu_by_tanh_is_another_function_and_is_not_fused() -> None:
+    model = Of(lambda m, x: F.gelu(m["a"](x), approximate="tanh"), a=nn.Linear(40, 32))
+    gm, _ = stored(model, integers(3, 40))
+    assert [arg(n, "activation") for n in layers(gm)] == ["none"]
+
+
+def test_a_flattened_image_takes_the_permutation_into_the_linear_layer() -> None:
+    model = Of(lambda m, x: m["fc"](F.max_pool2d(m["a"](x), 2).flatten(1)), a=conv(8, 64), fc=nn.Linear(64 * 6, 32))
+    gm, decisions = stored(model, integers(2, 8, 4, 6))
+    assert scattered(gm) == 1  # the linear layer's own rows are the output
+    assert [d.why for d in of(decisions, "permute_channels")] == [
+        "nothing tells its channels apart",
+        "output signature",
+    ]
+
+
+def test_the_mean_over_positions_and_a_depthwise_convolution_let_a_permutation_through() -> None:
+    def forward(m: nn.ModuleDict, x: Tensor) -> Tensor:
+        return m["fc"](m["dw"](m["a"](x)).sum((2, 3)))
+
+    model = Of(forward, a=conv(8, 64), dw=conv(64, 64, groups=64), fc=nn.Linear(64, 3))
+    gm, _ = stored(model, integers(2, 8, 4, 4))
+    assert scattered(gm) == 0
+
+
+@pytest.mark.parametrize(
+    ("between", "why"),
+    [
+        (lambda y: y.view(y.shape[0], 2, 32, 5, 5).transpose(1, 2).reshape(y.shape[0], 64, 5, 5), "reshape"),
+        (lambda y: torch.cat([y[:, 32:], y[:, :32]], 1), "slice"),
+        (lambda y: F.group_norm(y, 4).round(), "group_norm"),
+        (lambda y: y.softmax(1).round(), "softmax"),
+    ],
+)
+def test_an_operator_that_tells_channels_apart_pins_them(between: Callable[[Tensor], Tensor], why: str) -> None:
+    model = Of(lambda m, x: m["b"](between(m["a"](x))), a=conv(8, 64), b=conv(64, 3)).eval()
+    gm = capture(model, (integers(2, 8, 5, 5),), Masks(), dynamic_batch=True)
+    decisions = list(run(gm, [canonicalize, *STORAGE], FORCED))
+    (refusal,) = of(decisions, "permute_channels")
+    assert not refusal.accepted
+    assert why in refusal.why
+    assert refusal.what.endswith(": 1 scatter their rows")
+
+
+def test_a_grouped_convolution_pins_its_channels_and_stays_dense() -> None:
+    model = Of(lambda m, x: m["g"](m["a"](x)), a=conv(8, 64), g=conv(64, 32, groups=4))
+    _, decisions = stored(model, integers(2, 8, 5, 5))
+    whys = {d.where: d.why for d in of(decisions, "choose_formats") if not d.accepted}
+    assert whys == {"layers.g.weight": "a grouped convolution has no columns to choose from"}
+    assert [d.why for d in of(decisions, "permute_channels")] == ["grouped convolution layers.g"]
+
+
+def test_layer_norm_and_its_vectors_follow_a_permutation() -> None:
+    model = Of(
+        lambda m, x: m["b"](m["norm"](m["a"](x))), a=nn.Linear(40, 64), norm=nn.LayerNorm(64), b=nn.Linear(64, 7)
+    ).eval()
+    with torch.no_grad():
+        model.layers["norm"].weight.copy_(torch.arange(64))
+        model.layers["norm"].bias.copy_(torch.arange(64) % 7)
+    gm = capture(model, (x := integers(3, 5, 40),), Masks(), dynamic_batch=True)
+    run(gm, [canonicalize, *STORAGE], FORCED)
+    assert scattered(gm) == 0
+    with torch.no_grad():
+        torch.testing.assert_close(gm(x), model(x), rtol=1e-4, atol=1e-3)
+
+
+def test_a_weight_that_two_layers_share_is_packed_for_each() -> None:
+    model = Of(lambda m, x: m["a"](F.relu(m["a"](x))), a=conv(64, 64))
+    gm, _ = stored(model, integers(1, 64, 5, 5))
+    assert len(layers(gm)) == 2
+
+
+def test_without_a_timer_the_stored_elements_decide() -> None:
+    model = Of(lambda m, x: m["b"](m["a"](x)), a=conv(8, 64), b=conv(64, 5))
+    _, decisions = stored(model, integers(1, 8, 5, 5), ctx=Context(formats=("shuffled_block",)))
+    chosen = of(decisions, "choose_formats")
+    assert [(d.where, d.accepted) for d in chosen] == [("layers.a.weight", True), ("layers.b.weight", False)]
+    assert chosen[0].why.endswith("% of the work, not timed")
+
+
+@pytest.mark.parametrize(("sparse_s", "accepted"), [(1.0, True), (1.93, True), (1.95, False), (3.0, False)])
+def test_a_format_is_chosen_when_its_layer_is_faster_by_more_than_noise(sparse_s: float, accepted: bool) -> None:
+    model = Of(lambda m, x: m["a"](x), a=conv(8, 64))
+    ctx = Context(lambda *_: 2.0, lambda *_: sparse_s, ("shuffled_block",))
+    _, (decision, *_) = stored(model, integers(1, 8, 5, 5), ctx=ctx)
+    assert decision.accepted == accepted
+    assert decision.why.endswith(f"% of the work: {sparse_s * 1e6:.0f} us, dense 2000000 us")
+    assert (decision.data["dense_us"], decision.data["sparse_us"]) == (2e6, sparse_s * 1e6)
+
+
+def test_a_target_without_formats_gets_none() -> None:
+    _, decisions = stored(Of(lambda m, x: m["a"](x), a=conv(8, 64)), integers(1, 8, 5, 5), ctx=Context())
+    assert not decisions
+
+
+def test_a_wrong_permutation_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows_only(node: fx.Node, x_dim: int, out_dim: int, links: Any) -> None:
+        axes._rows(node, out_dim, links)
+
+    monkeypatch.setattr(axes, "_contract", rows_only)
+    model = Of(lambda m, x: m["b"](F.relu(m["a"](x))), a=conv(8, 64), b=conv(64, 48))
+    with pytest.raises(AssertionError):
+        stored(model, integers(2, 8, 5, 5))
+
+
+def test_a_residual_fused_twice_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuse_epilogues, "_residual", lambda chain: chain.nodes[0].args[0])
+    model = Of(lambda m, x: m["a"](x) + m["b"](x), a=conv(8, 32), b=conv(8, 32))
+    with pytest.raises((AssertionError, RuntimeError)):
+        stored(model, integers(2, 8, 5, 5))
+
+
+# ------------------------------------------------------------ through compile
+
+
+@pytest.mark.parametrize("target", ["eager", "inductor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compile_with_blocks_gives_the_masked_model_at_any_batch_size(target: str, dtype: torch.dtype) -> None:
+    def forward(m: nn.ModuleDict, x: Tensor) -> Tensor:
+        y = F.relu(m["a"](x))
+        return m["fc"]((y + m["c"](F.relu(m["b"](y)))).mean((2, 3)))
+
+    model = Of(forward, a=conv(8, 64), b=conv(64, 32), c=conv(32, 64), fc=nn.Linear(64, 5)).eval().to(dtype)
+    fast = fxsparse.compile(model, target=target, example_inputs=(integers(2, 8, 6, 6).to(dtype),), measure=False)
+    assert {r.stored for r in fast.report.rows} == {"shuffled_block", "dense"}
+    for batch in (2, 5, 1):
+        x = integers(batch, 8, 6, 6).to(dtype)
+        with torch.no_grad():
+            torch.testing.assert_close(
+                fast(x),
+                model(x),
+                rtol=2e-2 if dtype == torch.bfloat16 else 1e-5,
+                atol=1e-1 if dtype == torch.bfloat16 else 1e-4,
+            )
+
+
+def test_formats_dense_stores_nothing_else() -> None:
+    model = Of(lambda m, x: m["a"](x), a=conv(8, 64))
+    fast = fxsparse.compile(
+        model, target="eager", example_inputs=(integers(1, 8, 5, 5),), measure=False, formats="dense"
+    )
+    assert {r.stored for r in fast.report.rows} == {"dense"}
+
+
+def test_the_report_counts_blocks_and_names_the_format() -> None:
+    model = Of(lambda m, x: m["b"](m["a"](x)), a=conv(8, 64), b=conv(64, 5))
+    report = fxsparse.plan(model, None, (integers(1, 8, 5, 5),))
+    row = report.rows[0]
+    assert row.stored == "shuffled_block"
+    nonzero = int((model.layers["a"].weight != 0).sum())
+    assert nonzero <= row.params_after < row.params_before
+    assert row.macs_after == row.params_after * 25
+    assert "shuffled block" in str(report)
+    assert report.to_dict()["rows"][0]["stored"] == "shuffled_block"
+
+
+def test_without_a_compiler_eager_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    model = Of(lambda m, x: m["a"](x), a=conv(8, 64))
+    fast = fxsparse.compile(model, target="eager", example_inputs=(integers(1, 8, 5, 5),), measure=False)
+    assert {r.stored for r in fast.report.rows} == {"dense"}
+
+
+def test_float64_has_no_kernel_and_says_so() -> None:
+    model = Of(lambda m, x: m["a"](x), a=conv(8, 64)).double()
+    report = fxsparse.plan(model, None, (integers(1, 8, 5, 5).double(),))
+    assert [d.why for d in report.decisions if d.step == "choose_formats"] == ["the kernel has no float64"]
