@@ -11,6 +11,7 @@ import base64
 import dataclasses
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -257,9 +258,11 @@ def _output_file(text: str) -> Path:
     path = Path(text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
     except OSError as error:
         raise InputError(
-            f"output file {text!r}", expected="a path in a folder that exists or can be made",
+            f"output file {text!r}", expected="a path in a folder that exists or can be made, and written to",
             got=f"{type(error).__name__}: {error.strerror}", do="Name another file.",
         ) from None  # fmt: skip
     if path.is_dir():

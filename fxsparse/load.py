@@ -95,9 +95,13 @@ def parse_dtype(text: str) -> torch.dtype:
 
 
 def random_inputs(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Normally distributed inputs, the same in every run."""
+    """Normally distributed inputs, the same in every run. Raises InputError when they do not fit into memory."""
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    try:
+        return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
+    except RuntimeError as error:  # more elements than there is memory, or than there are numbers
+        raise InputError("--input", expected="shapes that fit into memory", got=_first_line(error),
+                         do="A batch of one is enough: the result takes any.") from None  # fmt: skip
 
 
 def _torchvision_model(name: str, attribute: str) -> nn.Module:

@@ -231,6 +231,8 @@ def test_what_is_not_a_model_is_refused(nets: Path, refused: Callable[..., str],
         (["--input", "3,4", "--weights", "gone.pt"], "weights file 'gone.pt': expected a readable state dict"),
         (["--input", "3,4", "--html", "nets_here.py/x"], "output file 'nets_here.py/x': expected a path in a folder"),
         (["--input", "3,4", "--json", "."], "output file '.': expected a file; got a folder.\n"),
+        (["--input", "3,4", "--json", "/proc/x"], "output file '/proc/x': expected a path in a folder"),
+        (["--input", "99999999999,99999999"], "--input: expected shapes that fit into memory; got RuntimeError"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(

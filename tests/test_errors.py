@@ -174,6 +174,7 @@ def test_dropout_that_is_off_is_no_randomness() -> None:
     ("inputs", "cause"),
     [
         ((torch.ones(2, 6),), "RuntimeError"),
+        ((torch.ones(1, 6),), "((1, 6) torch.float32)"),  # as it was given, though a batch of two is exported
         ((torch.ones(2, 5), torch.ones(2, 5)), "TypeError"),
         ((torch.ones(2, 5, dtype=torch.int64),), "same dtype"),
     ],

@@ -77,7 +77,7 @@ def _evaluate(model: nn.Module) -> None:
 
 
 def _export(model: nn.Module, args: tuple[Any, ...], dynamic_batch: bool) -> torch.export.ExportedProgram:
-    shapes = None
+    shapes, given = None, args
     if dynamic_batch:
         args = pytree.tree_map(_two_or_more, args)
         batch = torch.export.Dim("batch", min=1)
@@ -92,7 +92,7 @@ def _export(model: nn.Module, args: tuple[Any, ...], dynamic_batch: bool) -> tor
             flat: torch.export.ExportedProgram = program.run_decompositions({})
             return flat
     except Exception as error:  # noqa: BLE001 - whatever torch.export raises becomes our error, with its text
-        raise _explain(model, args, error, dynamic_batch) from None
+        raise _explain(model, given, error, dynamic_batch) from None
 
 
 def _two_or_more(x: Any) -> Any:
