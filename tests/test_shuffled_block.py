@@ -205,6 +205,21 @@ def test_the_reference_and_the_kernel_agree() -> None:
     torch.testing.assert_close(shuffled_block(x, *arguments), reference(x, *arguments), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operator_on_a_gpu_agrees_with_the_dense_one(dtype: torch.dtype) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    for shape, size, p in (((64, 24, 3, 3), (2, 20, 13, 24), 1), ((100, 40), (3, 7, 40), 0)):
+        w, x = blocks(shape, 64, 0.4, 0).to(dtype), torch.randn(size).to(dtype)
+        packed = pack(w)
+        tensors = [t.cuda() for t in packed.tensors]
+        y = shuffled_block(x.cuda(), *tensors, None, None, shape[0], packed.kernel, [1, 1], [p, p], [1, 1], "relu")
+        exact = F.relu(dense(x.double(), w.double(), {"padding": (p, p)} if p else {}))
+        own = F.relu(dense(x, w, {"padding": (p, p)} if p else {}))
+        assert float((y.cpu().double() - exact).abs().max()) <= allowed(own, exact)
+
+
 # ------------------------------------------------------------ grouping
 
 
@@ -338,7 +353,8 @@ def test_the_kernel_is_clean_under_address_and_undefined_behavior_sanitizers(tmp
     flags = "g++ -DFXSPARSE_FEW_TILES -fsanitize=address,undefined -fno-sanitize-recover=undefined"
     environment = {**os.environ, "CXX": flags, "LD_PRELOAD": found.stdout.strip(), "FXSPARSE_CACHE_DIR": str(tmp_path),
                    "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(root)}  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", SANITIZED], env=environment, capture_output=True, text=True, cwd=root, check=False)
+    command = [sys.executable, "-c", SANITIZED]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "clean"
 

@@ -39,6 +39,7 @@ from tools.slim import native_slim
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "tools" / "rows"
 MARKS = ("<!-- rows: begin -->", "<!-- rows: end -->")
+_CASE = ("model", "recipe", "sparsity", "rows", "batch", "threads", "dtype", "target")
 SPINE: list[dict[str, Any]] = [
     *(
         {"model": model, "recipe": "refill_coupled", "batch": batch, "threads": threads}
@@ -149,6 +150,9 @@ def build_model(name: str) -> nn.Module:
     torch.manual_seed(0)
     make = getattr(models, name, None) or getattr(torchvision.models, name)
     model: nn.Module = make().eval()
+    for layer in model.modules():  # torchvision's ViT starts with a head of zeros: all that is before it would be dead
+        if isinstance(layer, nn.Linear) and not layer.weight.any():
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
     randomize_batch_norm(model, 1)
     return model
 
@@ -257,7 +261,7 @@ def _row(
     mac_ratio = report.macs_before / max(report.macs_after, 1)
     speedup = ratios[len(ratios) // 2]
     row = {
-        **{k: getattr(arguments, k) for k in ("model", "recipe", "sparsity", "rows", "batch", "threads", "dtype", "target")},
+        **{k: getattr(arguments, k) for k in _CASE},
         "params_before": report.params_before, "params_after": report.params_after,
         "macs_before": report.macs_before, "macs_after": report.macs_after, "mac_ratio": round(mac_ratio, 4),
         "chosen": report.chosen, "best_dense": dense, "dense_ms": round(runs.median(dense), 4),
@@ -278,7 +282,8 @@ def _row(
 def _provenance(arguments: argparse.Namespace) -> dict[str, Any]:
     cuda = arguments.device.startswith("cuda")
     command = f"python -m tools.bench --model {arguments.model} --recipe {arguments.recipe}"
-    command += f" --sparsity {arguments.sparsity} --rows {arguments.rows} --batch {arguments.batch} --threads {arguments.threads}"
+    command += f" --sparsity {arguments.sparsity} --rows {arguments.rows} --batch {arguments.batch}"
+    command += f" --threads {arguments.threads}"
     return {
         "machine": torch.cuda.get_device_name() if cuda else f"{cpu_name()}, {platform.machine()}",
         "versions": {"torch": torch.__version__, "python": platform.python_version(), "fxsparse": fxsparse.__version__},

@@ -32,6 +32,10 @@ def shuffled_blocks(
         if name != first and not grouped and min(layer.weight.shape[0], layer.weight[0].numel()) >= 16:
             order = place[numbering[name]].argsort()
             masks[f"{name}.weight"] = _blocks(layer.weight, order, sparsity, rows, generator)
+    for name, parameter in model.named_parameters():
+        if name.endswith("in_proj_weight"):  # nn.MultiheadAttention holds it without a layer
+            order = torch.randperm(len(parameter), generator=generator)
+            masks[name] = _blocks(parameter, order, sparsity, rows, generator)
     return masks
 
 

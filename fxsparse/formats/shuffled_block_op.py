@@ -19,6 +19,8 @@ from torch import Tensor
 
 from fxsparse.formats.shuffled_block import KERNEL_DTYPES, ShuffledBlock, unpack
 from fxsparse.kernels.cpu.shuffled_block import run as run_on_cpu
+from fxsparse.kernels.triton import DTYPES as TRITON_DTYPES
+from fxsparse.kernels.triton import shuffled_block_conv2d, shuffled_block_linear
 
 Pair = Sequence[int]
 _ACTIVATION = {
@@ -91,6 +93,22 @@ def _cpu(x: Tensor, *arguments: Any) -> Tensor:
     return y
 
 
+def _cuda(x: Tensor, *arguments: Any) -> Tensor:
+    """The Triton kernel. Not run on a GPU yet: see fxsparse.kernels.triton."""
+    (values, value_ptr, columns, column_ptr, rows, row_ptr), bias, residual = arguments[:6], arguments[6], arguments[7]
+    out_channels, kernel, stride, padding, dilation, activation = arguments[8:]
+    if x.dtype not in TRITON_DTYPES or not x.numel():
+        return reference(x, *arguments)
+    x = x.contiguous()
+    residual = None if residual is None else residual.contiguous()
+    packed = (rows, row_ptr, columns, column_ptr, values.to(x.dtype), value_ptr)
+    if pointwise(kernel, stride, padding):
+        return shuffled_block_linear(x, *packed, bias, residual, activation, out_features=out_channels)
+    pairs = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    geometry: Any = {name: tuple(pair) for name, pair in pairs.items()}
+    return shuffled_block_conv2d(x, *packed, bias, residual, activation, out_channels=out_channels, **geometry)
+
+
 def reference(x: Tensor, *arguments: Any) -> Tensor:
     """The same in PyTorch's own operators, on any device and in any dtype."""
     packed, bias, residual = arguments[:6], arguments[6], arguments[7]
@@ -115,3 +133,4 @@ def _epilogue(y: Tensor, bias: Tensor | None, residual: Tensor | None, activatio
 torch.library.register_fake("fxsparse::shuffled_block", _fake, lib=_library)
 _library.impl("shuffled_block", reference, "CompositeExplicitAutograd")
 _library.impl("shuffled_block", _cpu, "CPU")
+_library.impl("shuffled_block", _cuda, "CUDA")
