@@ -30,6 +30,7 @@ demo: setup
 # The graph caches are off because their keys do not cover fxsparse's own source; compiled C++ is kept, by content.
 test: export OMP_NUM_THREADS = 1
 test: export TORCHINDUCTOR_CACHE_DIR = $(CURDIR)/.cache/inductor
+test: export FXSPARSE_CACHE_DIR = $(CURDIR)/.cache/fxsparse
 test: export TORCHINDUCTOR_FX_GRAPH_CACHE = 0
 test: export TORCHINDUCTOR_AUTOGRAD_CACHE = 0
 test: lint

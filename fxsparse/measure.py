@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from fxsparse.formats.shuffled_block import ShuffledBlock
-from fxsparse.formats.shuffled_block_op import multiply
+from fxsparse.formats.shuffled_block_op import multiply, pair
 from fxsparse.ir.graph import arg, aten
 from fxsparse.kernels.build import digest
 
@@ -184,7 +184,7 @@ def _packed_case(node: fx.Node, packed: ShuffledBlock, batch: int) -> _Case:
     shape = [size if isinstance(size, int) else batch for size in val.shape]
     geometry: dict[str, Any] = {}
     if node.target is aten.conv2d.default:
-        geometry = {n: _pair(arg(node, n)) for n in ("stride", "padding", "dilation")}
+        geometry = {n: pair(arg(node, n)) for n in ("stride", "padding", "dilation")}
         shape = [shape[i] for i in (0, 2, 3, 1)]
     x = torch.ones(shape, dtype=val.dtype, device=val.device)
     in_order = dataclasses.replace(packed, rows=torch.arange(len(packed.rows), dtype=torch.int32))
@@ -199,10 +199,6 @@ def _packed_case(node: fx.Node, packed: ShuffledBlock, batch: int) -> _Case:
         str(val.dtype),
     )
     return _Case(key, lambda: multiply(in_order, x, **geometry))
-
-
-def _pair(value: int | list[int]) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value) * (2 // len(value))
 
 
 def _linear(x: Tensor, w: Tensor) -> Callable[[], object]:
@@ -233,7 +229,7 @@ def _packed(x: Tensor, w: Tensor, settings: list[Any], groups: int) -> Callable[
     usable = x.device.type == "cpu" and x.dim() == 4 and x.dtype in (torch.float32, torch.bfloat16)
     if not usable or isinstance(settings[1], str) or not torch.backends.mkldnn.is_available():
         return None
-    stride, padding, dilation = map(_pair, settings)
+    stride, padding, dilation = map(pair, settings)
     x = x.to(memory_format=torch.channels_last)
     reorder = cast(Any, torch._C._nn).mkldnn_reorder_conv2d_weight
     with torch.no_grad():

@@ -12,11 +12,10 @@ from typing import Any, cast
 
 from torch import fx
 
-from fxsparse.formats.shuffled_block_op import shuffled_block
+from fxsparse.formats.shuffled_block_op import TO_FIRST, channels_last, shuffled_block
 from fxsparse.ir.decision import Decision
 from fxsparse.ir.graph import arg, aten, operator_name, owner, set_arg
 from fxsparse.passes.context import Context
-from fxsparse.passes.lower_formats import TO_FIRST, TO_LAST
 
 _ACTIVATION = {
     aten.relu.default: "relu", aten.relu6.default: "relu6", aten.silu.default: "silu",
@@ -55,7 +54,7 @@ def apply(gm: fx.GraphModule, decision: Decision) -> None:
     layer, last = chain.layer, chain.nodes[-1]
     is_conv = chain.nodes[0].target is aten.permute.default
     with gm.graph.inserting_before(last):
-        residual = _inside(gm, _residual(chain), is_conv) if chain.sum is not None else None
+        residual = channels_last(gm, _residual(chain), is_conv) if chain.sum is not None else None
         new = gm.graph.node_copy(layer)
         result = gm.graph.call_function(aten.permute.default, (new, TO_FIRST)) if is_conv else new
     set_arg(new, "residual", residual)
@@ -63,12 +62,6 @@ def apply(gm: fx.GraphModule, decision: Decision) -> None:
     last.replace_all_uses_with(result)
     for node in [*reversed(chain.nodes), layer]:
         gm.graph.erase_node(node)
-
-
-def _inside(gm: fx.GraphModule, x: fx.Node, is_conv: bool) -> fx.Node:
-    """`x` as the kernel reads it: channels last, contiguous."""
-    call = gm.graph.call_function
-    return call(aten.contiguous.default, (call(aten.permute.default, (x, TO_LAST)) if is_conv else x,))
 
 
 def _chain(layer: fx.Node, taken: set[fx.Node]) -> _Chain:

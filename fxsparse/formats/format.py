@@ -2,24 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, fx
 
 
+class Packed(Protocol):
+    """A stored weight. `str()` says what there is to it, for the report."""
+
+    @property
+    def nse(self) -> int:
+        """Stored elements."""
+
+    @property
+    def row_groups(self) -> list[NDArray[np.int64]]:
+        """Rows that are stored together, which `permute_channels` will make neighbours."""
+
+
 class Format:
-    """Subclasses live one to a file. All methods are pure."""
+    """Subclasses live one to a file and are found there."""
 
     name: str
 
     def why_not(self, node: fx.Node, weight: Tensor) -> str:
-        """Why this layer cannot be stored so, in a few words; empty when it can."""
+        """Why this convolution or linear node cannot be stored so, in a few words; empty when it can."""
         raise NotImplementedError
 
-    def pack(self, weight: Tensor) -> Any:
-        """Store `weight` [O, I, kH, kW] or [O, I]; zeros are what the mask dropped."""
+    def pack(self, weight: Tensor, groups: Sequence[NDArray[np.int64]] | None = None) -> Packed:
+        """Store the nonzeros of `weight` [O, I, kH, kW] or [O, I]; `groups` as an earlier packing found them."""
         raise NotImplementedError
 
     def unpack(self, packed: Any) -> Tensor:
         """The weight again, exactly."""
+        raise NotImplementedError
+
+    def lower(self, gm: fx.GraphModule, node: fx.Node, packed: Any) -> fx.Node:
+        """Insert the format's own operator before `node`; returns the node whose value replaces it."""
         raise NotImplementedError

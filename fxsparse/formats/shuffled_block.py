@@ -19,19 +19,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, fx
+from torch import Tensor
 
 from fxsparse.errors import InputError
-from fxsparse.formats.format import Format
 from fxsparse.formats.grouping import LANES, group_rows
-from fxsparse.ir.graph import arg, aten
 
-KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 _TENSORS = ("values", "value_ptr", "columns", "column_ptr", "rows", "row_ptr")
 
 
@@ -82,6 +78,10 @@ class ShuffledBlock:
         steps[ends] = 1
         return bool((steps == 1).all())
 
+    def __str__(self) -> str:
+        rows = "in order" if self.in_order else "scattered"
+        return f"{self.groups} row groups, {self.nse} stored elements, rows {rows}"
+
     @property
     def row_groups(self) -> list[NDArray[np.int64]]:
         """Row numbers of every group."""
@@ -92,29 +92,6 @@ class ShuffledBlock:
     def names(self) -> tuple[str, ...]:
         """The arrays in the order the operator takes them."""
         return _TENSORS
-
-
-class ShuffledBlockFormat(Format):
-    """conv2d without groups, and linear, in float32 and bfloat16."""
-
-    name = "shuffled_block"
-
-    def why_not(self, node: fx.Node, weight: Tensor) -> str:
-        if node.target not in (aten.conv2d.default, aten.linear.default):
-            return "only conv2d and linear have this kernel"
-        if node.target is aten.conv2d.default and arg(node, "groups") != 1:
-            return "a grouped convolution has no columns to choose from"
-        if weight.dtype not in KERNEL_DTYPES:
-            return f"the kernel has no {str(weight.dtype).removeprefix('torch.')}"
-        if weight.dim() not in (2, 4) or not weight.numel():
-            return f"the weight has shape {tuple(weight.shape)}"
-        return ""
-
-    def pack(self, weight: Tensor) -> ShuffledBlock:
-        return pack(weight)
-
-    def unpack(self, packed: Any) -> Tensor:
-        return unpack(packed)
 
 
 def pack(weight: Tensor, groups: Sequence[NDArray[np.int64]] | None = None) -> ShuffledBlock:

@@ -5,7 +5,12 @@
 
 x is [N, H, W, I] and the result [N, OH, OW, O]; with a 1x1 kernel, stride 1 and no padding x may be [..., I]. float32
 and bfloat16 on a CPU run the C++ kernel, on CUDA the Triton kernel; anything else unpacks the weight and runs dense.
-It has no gradient.
+It has no gradient. `ShuffledBlockFormat` puts it into a graph:
+
+    conv2d(x, w, b) -> permute(shuffled_block(contiguous(permute(x)), packed w, b))     channels last inside
+    linear(x, w, b) -> shuffled_block(contiguous(x), packed w, b)
+
+Two such convolutions in a row leave no copy between them: the permutes cancel.
 """
 
 from __future__ import annotations
@@ -13,16 +18,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, fx
 
-from fxsparse.formats.shuffled_block import KERNEL_DTYPES, ShuffledBlock, unpack
+from fxsparse.formats.format import Format
+from fxsparse.formats.shuffled_block import ShuffledBlock, pack, unpack
+from fxsparse.ir.graph import arg, aten, new_weight
 from fxsparse.kernels.cpu.shuffled_block import run as run_on_cpu
 from fxsparse.kernels.triton import DTYPES as TRITON_DTYPES
 from fxsparse.kernels.triton import shuffled_block_conv2d, shuffled_block_linear
 
 Pair = Sequence[int]
+KERNEL_DTYPES = (torch.float32, torch.bfloat16)
+TO_LAST, TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 _ACTIVATION = {
     "none": lambda y: y,
     "relu": F.relu,
@@ -134,3 +145,57 @@ torch.library.register_fake("fxsparse::shuffled_block", _fake, lib=_library)
 _library.impl("shuffled_block", reference, "CompositeExplicitAutograd")
 _library.impl("shuffled_block", _cpu, "CPU")
 _library.impl("shuffled_block", _cuda, "CUDA")
+
+
+class ShuffledBlockFormat(Format):
+    """conv2d without groups, and linear, in float32 and bfloat16."""
+
+    name = "shuffled_block"
+
+    def why_not(self, node: fx.Node, weight: Tensor) -> str:
+        if node.target not in (aten.conv2d.default, aten.linear.default):
+            return "only conv2d and linear have this kernel"
+        if node.target is aten.conv2d.default and arg(node, "groups") != 1:
+            return "a grouped convolution has no columns to choose from"
+        if weight.dtype not in KERNEL_DTYPES:
+            return f"the kernel has no {str(weight.dtype).removeprefix('torch.')}"
+        if weight.dim() not in (2, 4) or not weight.numel():
+            return f"the weight has shape {tuple(weight.shape)}"
+        return ""
+
+    def pack(self, weight: Tensor, groups: Sequence[NDArray[np.int64]] | None = None) -> ShuffledBlock:
+        return pack(weight, groups)
+
+    def unpack(self, packed: ShuffledBlock) -> Tensor:
+        return unpack(packed)
+
+    def lower(self, gm: fx.GraphModule, node: fx.Node, packed: ShuffledBlock) -> fx.Node:
+        is_conv = node.target is aten.conv2d.default
+        weight = node.args[1]
+        assert isinstance(weight, fx.Node)
+        tensors = [_stored(gm, node, weight, name, packed) for name in packed.names]
+        names = ("stride", "padding", "dilation")
+        geometry = [pair(arg(node, n)) for n in names] if is_conv else [[1, 1], [0, 0], [1, 1]]
+        with gm.graph.inserting_before(node):
+            x = channels_last(gm, node.all_input_nodes[0], is_conv)
+            sizes: tuple[Any, ...] = (packed.shape[0], packed.kernel, *geometry, "none")
+            y = gm.graph.call_function(shuffled_block, (x, *tensors, arg(node, "bias"), None, *sizes))
+            return gm.graph.call_function(aten.permute.default, (y, TO_FIRST)) if is_conv else y
+
+
+def channels_last(gm: fx.GraphModule, x: fx.Node, is_conv: bool) -> fx.Node:
+    """`x` as the kernel reads it: contiguous, the channels of an image moved last."""
+    call = gm.graph.call_function
+    return call(aten.contiguous.default, (call(aten.permute.default, (x, TO_LAST)) if is_conv else x,))
+
+
+def pair(value: int | Sequence[int]) -> list[int]:
+    """One int for both dimensions, or two."""
+    return [value, value] if isinstance(value, int) else list(value) * (2 // len(value))
+
+
+def _stored(gm: fx.GraphModule, node: fx.Node, weight: fx.Node, name: str, packed: ShuffledBlock) -> fx.Node:
+    tensor: Tensor = getattr(packed, name).to(weight.meta["val"].device)
+    if name == "values":  # the kernels multiply in float32, whatever the activations are
+        tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+    return new_weight(gm, node, f"{weight.target}_{name}", tensor)
