@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -10,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fxsparse.coarsen import Cost, partition
+from fxsparse.coarsen import Cost, partition, shuffled_block
 from fxsparse.coarsen.cost import WEIGHTS, best_columns, price
 from fxsparse.coarsen.swaps import by_energy, group_energy, improve
 from fxsparse.errors import InputError, MaskError
 from tests.coarsening import DEGENERATE, check, layers
+from tools import compare_partitioners
 
 Given = tuple[dict[str, Tensor], dict[str, Tensor]]
 
@@ -152,3 +154,37 @@ def test_the_largest_layers_of_resnet_50_take_seconds() -> None:
     weight = torch.randn(512, 512, 3, 3, generator=generator)
     found = partition({"w": weight}, {"w": weight.abs() > 1.6}, sweeps=4)
     assert found.layers[0].groups == 16
+
+
+@pytest.mark.parametrize(("masks", "rows"), [("imp", 32), ("erk_large", 32)])
+def test_on_weights_like_trained_ones_much_more_is_kept_than_by_shuffled_blocks(masks: str, rows: int) -> None:
+    shapes = {"a": (128, 64, 3, 3), "b": (256, 128, 1, 1), "c": (64, 256, 1, 1)}
+    generator = torch.Generator().manual_seed(0)
+    weights = {n: compare_partitioners.make_weight(torch.Size(s), "trained", generator) for n, s in shapes.items()}
+    given = compare_partitioners.make_masks(weights, masks, 0.8)
+    theirs = shuffled_block(weights, given, block=rows)
+    ours = partition(weights, given, density={x.name: x.density_after for x in theirs.layers}, group_rows=rows)
+    for before, after in zip(theirs.layers, ours.layers, strict=True):
+        assert after.density_after <= before.density_after
+        assert after.l2_kept > 1.05 * before.l2_kept or before.density_before > 0.4
+        assert after.l2_kept > before.l2_kept
+
+
+def test_the_table_in_the_documents_is_the_committed_rows_and_every_row_says_where_it_comes_from() -> None:
+    text = (compare_partitioners.ROOT / "docs" / "coarsening.md").read_text(encoding="utf-8")
+    shown = text.split("<!-- rows: begin -->")[1].split("<!-- rows: end -->")[0].strip()
+    rows = [json.loads(line) for line in compare_partitioners.ROWS.read_text(encoding="utf-8").splitlines()]
+    assert shown == compare_partitioners.table(rows)
+    for row in rows:
+        assert all(row[key] for key in ("machine", "versions", "commit", "date", "command"))
+        assert row["density_ours"] <= row["density"]
+        assert row["partition_w2"] > row["rule_w2"]
+
+
+def test_erk_densities_add_up_and_none_is_above_one() -> None:
+    weights = {"a": torch.ones(8, 4, 3, 3), "b": torch.ones(64, 64, 3, 3), "c": torch.ones(128, 64)}
+    density = compare_partitioners.erk(weights, 0.2)
+    total = sum(density[n] * w.numel() for n, w in weights.items())
+    assert total == pytest.approx(0.2 * sum(w.numel() for w in weights.values()))
+    assert max(density.values()) <= 1
+    assert density["b"] / density["c"] == pytest.approx((64 + 64 + 6) / (64 * 64 * 9) / ((128 + 64) / (128 * 64)))

@@ -1,9 +1,9 @@
 """How much of the weights each coarsening keeps, at the same number of kept weights in every layer:
 
-    python -m tools.compare_partitioners --out tools/rows/partitioners.jsonl        # every case, a JSON row each
+    python -m tools.compare_partitioners --out tools/rows/coarsen/partitioners.jsonl    # every case
     python -m tools.compare_partitioners --model resnet18 --masks imp --weights normal
     python -m tools.compare_partitioners --checkpoint trained.safetensors            # weights of your own, by name
-    python -m tools.compare_partitioners --table                                     # docs/architecture.md's table
+    python -m tools.compare_partitioners --table                                     # docs/coarsening.md's table
 
 In each layer a rule is run first (Regroup as released, with METIS in hMETIS's place; DSB's shuffled blocks);
 `partition` then gets the density that came out and the same group size. Layers that the rule leaves unstructured are
@@ -46,7 +46,7 @@ from fxsparse.measure import cpu_name
 from fxsparse.prune import magnitude, prunable
 
 ROOT = Path(__file__).parents[1]
-ROWS = ROOT / "tools" / "rows" / "partitioners.jsonl"
+ROWS = ROOT / "tools" / "rows" / "coarsen" / "partitioners.jsonl"  # tools/rows/*.jsonl are timings
 MODELS = ("resnet18", "resnet50", "vgg16")
 WEIGHTS = ("trained", "normal")
 MASKS = ("imp", "erk", "erk_large")
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table([json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]))
         return 0
     torch.set_num_threads(1)
-    for model in ["checkpoint"] if arguments.checkpoint else arguments.model or MODELS:
+    for model in [arguments.checkpoint.stem] if arguments.checkpoint else arguments.model or MODELS:
         for kind in ["checkpoint"] if arguments.checkpoint else arguments.weights or WEIGHTS:
             weights = make_weights(model, kind, arguments.checkpoint)
             for masks in arguments.masks or MASKS:
@@ -111,10 +111,12 @@ def make_weights(model: str, kind: str, checkpoint: Path | None) -> dict[str, Te
         found = prunable(getattr(torchvision.models, model)())
     shapes = {name: weight.shape for name, weight in found.items() if weight.dim() == 4}
     generator = torch.Generator().manual_seed(0)
-    return {name: _weight(shape, kind, generator) for name, shape in shapes.items()}
+    return {name: make_weight(shape, kind, generator) for name, shape in shapes.items()}
 
 
-def _weight(shape: torch.Size, kind: str, generator: torch.Generator) -> Tensor:
+def make_weight(shape: torch.Size, kind: str, generator: torch.Generator) -> Tensor:
+    """One weight [O, I, kH, kW] of the kind, as the module's text says."""
+
     def normal(*size: int) -> Tensor:
         return torch.randn(size, generator=generator)
 

@@ -9,6 +9,7 @@ for its cost is left out as long as the others, given its share, keep more than 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -99,5 +100,5 @@ def price(energy: Tensor, rows: Tensor, budget: float) -> float:
     """The lowest energy per kept weight that `best_columns` of kept weights would still take; 0 when all fit."""
     rate, order = (energy / rows[:, None]).flatten().sort(descending=True)
     spent = rows.repeat_interleave(energy.shape[1])[order].cumsum(0)
-    last = int((spent <= budget).sum())
+    last = int((spent <= math.floor(budget)).sum())  # in integers: a float32 counts to 2^24
     return float(rate[last]) if last < len(rate) else 0.0
