@@ -46,7 +46,7 @@ def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Dec
     share = packed.nse / weight.numel()
     if share >= 1:
         return Decision("choose_formats", name, what, f"its blocks would hold {share:.0%} of the weight", False)
-    data = {"node": node, "format": fmt.name, "groups": packed.row_groups, "packed": packed}
+    data = {"node": node, "format": fmt.name, "groups": packed.row_groups, "packed": packed, "share": share}
     if ctx.time_format is None or ctx.time_layer is None or ctx.force_formats:
         accepted = share < MODELLED or ctx.force_formats
         return Decision("choose_formats", name, what, f"{share:.0%} of the work, not timed", accepted, data)

@@ -2,6 +2,7 @@
 
     python -m tools.bench --model resnet50 --recipe refill_like --sparsity 0.5 --batch 1 --threads 2 --out rows.jsonl
     python -m tools.bench --suite spine --out tools/rows/NAME.jsonl     # every case of a suite, one after the other
+    python -m tools.bench --matrix                                     # never slower? the rows of the suite "matrix"
     python -m tools.bench --readme                                     # the README's table from the rows in tools/rows
 
 A row holds the median and spread of every dense build of the same masked model (eager and Inductor with freezing,
@@ -31,7 +32,7 @@ from fxsparse.backend import find_target
 from fxsparse.contest import dense_builds
 from fxsparse.ir.capture import capture
 from fxsparse.measure import Runs, cpu_name, play_off
-from fxsparse.passes import Context, canonicalize, run
+from fxsparse.passes import Context, canonicalize, choose_formats, run
 from tools.block_recipes import BLOCK_RECIPES
 from tools.recipes import RECIPES, randomize_batch_norm
 from tools.slim import native_slim
@@ -72,7 +73,13 @@ BLOCKS: list[dict[str, Any]] = [
     {"model": "resnet50", "recipe": "shuffled_blocks_apart", "sparsity": 0.74, "rows": 64, "batch": 1, "threads": 1},
     {"model": "mobilenet_v2", "recipe": "shuffled_blocks", "sparsity": 0.74, "rows": 32, "batch": 1, "threads": 1},
 ]
-SUITES: dict[str, list[dict[str, Any]]] = {"spine": SPINE, "blocks": BLOCKS}
+MATRIX: list[dict[str, Any]] = [
+    {"model": model, "recipe": recipe, "sparsity": sparsity, "batch": 1 + 15 * (i % 2), "threads": 1 + i // 2 % 2}
+    for model in ("resnet18_cifar", "vgg16_cifar", "mobilenet_v1_cifar", "wrn32_2_cifar", "resnet18")
+    for recipe in ("shuffled_blocks", "refill_coupled", "unstructured")
+    for i, sparsity in enumerate((0.2, 0.5, 0.74, 0.95))
+]
+SUITES: dict[str, list[dict[str, Any]]] = {"spine": SPINE, "blocks": BLOCKS, "matrix": MATRIX}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.readme:
         return write_readme()
+    if arguments.matrix:
+        print(matrix(load_rows("matrix")))
+        return 0
     if arguments.suite:
         return run_suite(arguments)
     row = run_case(arguments)
@@ -104,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=12.0, help="timing budget of one case")
     parser.add_argument("--suite", choices=list(SUITES), help="run every case of a suite")
     parser.add_argument("--out", type=Path, help="append rows here (default: print only)")
+    parser.add_argument("--matrix", action="store_true", help="print the committed rows of the suite matrix")
     parser.add_argument("--readme", action="store_true", help="write the README's table from tools/rows")
     return parser
 
@@ -268,6 +279,7 @@ def _row(
         "fxsparse_ms": round(runs.median("fxsparse"), 4), "speedup": round(speedup, 4),
         "speedup_p20": round(ratios[len(ratios) // 5], 4), "speedup_p80": round(ratios[len(ratios) * 4 // 5], 4),
         "eta": round(speedup / mac_ratio, 4), "verification": report.verification,
+        "mispredicted": _mispredicted(report),
     }  # fmt: skip
     if slim:
         best = runs.fastest(slim)
@@ -277,6 +289,12 @@ def _row(
         n: [round(t, 4) for t in (runs.quantile(n, 0.2), runs.median(n), runs.quantile(n, 0.8))] for n in runs.ms
     }
     return row | {"rounds": len(ratios), "stages_s": stages, **_provenance(arguments)}
+
+
+def _mispredicted(report: fxsparse.Report) -> list[str]:
+    """Layers for which the number of stored elements alone would have chosen otherwise than the measured time did."""
+    timed = [d for d in report.decisions if d.step == "choose_formats" and "sparse_us" in d.data]
+    return [f"{d.where}: {d.why}" for d in timed if (d.data["share"] < choose_formats.MODELLED) != d.accepted]
 
 
 def _provenance(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -305,29 +323,56 @@ def _append(path: Path | None, row: dict[str, Any]) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def load_rows() -> list[dict[str, Any]]:
-    """All committed rows, in the order of their files."""
-    return [json.loads(line) for path in sorted(ROWS.glob("*.jsonl")) for line in path.read_text().splitlines()]
+def load_rows(folder: str = "") -> list[dict[str, Any]]:
+    """Committed rows, in the order of their files; those of the README's tables lie in `tools/rows` itself."""
+    files = sorted((ROWS / folder).glob("*.jsonl"))
+    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
+
+
+def matrix(rows: Sequence[Mapping[str, Any]]) -> str:
+    """How many cases are slower than 0.98 times the best dense build, which, and what the cost model got wrong."""
+    slower = [r for r in rows if r["speedup"] < 0.98]
+    parts = [_table(rows, _BLOCK_COLUMNS), f"{len(rows)} cases, {len(slower)} below 0.98 times the best dense build"]
+    parts += [f"  {r['model']} {r['recipe']} {r['sparsity']}: {r['speedup']}" for r in slower]
+    wrong = [f"  {r['model']} {r['recipe']} {r['sparsity']}: {w}" for r in rows for w in r["mispredicted"]]
+    return "\n".join([*parts, f"{len(wrong)} layers whose stored elements alone would have chosen otherwise", *wrong])
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The README's table: every row, winners and losers."""
+    """The README's tables: every row, winners and losers; channels that go, then blocks inside layers that stay."""
+    blocks = [r for r in rows if r["recipe"] in BLOCK_RECIPES]
+    channels = [r for r in rows if r["recipe"] not in BLOCK_RECIPES]
+    parts = [_table(channels, _CHANNEL_COLUMNS), _table(blocks, _BLOCK_COLUMNS)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Callable[[Mapping[str, Any]], str]]) -> str:
     from tabulate import tabulate
 
-    lines = [
-        (
-            r["model"], r["recipe"].replace("_", " "), r["batch"], r["threads"],
-            f"{1 - r['params_after'] / r['params_before']:.0%}", f"{r['mac_ratio']:.2f}", f"{r['dense_ms']:.1f}",
-            f"{r['fxsparse_ms']:.1f}", f"**{r['speedup']:.2f}** ({r['speedup_p20']:.2f}-{r['speedup_p80']:.2f})",
-            f"{r['eta']:.2f}", f"{r['over_slim']:.3f}" if "over_slim" in r else "",
-        )
-        for r in rows
-    ]  # fmt: skip
-    headers = ("model", "masks", "batch", "threads", "weights gone", "MAC ratio", "best dense ms", "fxsparse ms",
-               "speedup (p20-p80)", "speedup / MAC ratio", "time / natively slim")  # fmt: skip
+    if not rows:
+        return ""
+    every = {**_COLUMNS, **columns}
+    lines = [[cell(r) for cell in every.values()] for r in rows]
     machines = sorted({f"{r['machine']}; torch {r['versions']['torch']}; {r['dtype']}; {r['date']}" for r in rows})
-    text: str = tabulate(lines, headers, tablefmt="github", disable_numparse=True)
+    text: str = tabulate(lines, list(every), tablefmt="github", disable_numparse=True)
     return text + "\n\n" + "\n".join(f"*{m}*" for m in machines)
+
+
+_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "model": lambda r: str(r["model"]),
+    "masks": lambda r: str(r["recipe"]).replace("_", " "),
+    "sparsity": lambda r: f"{r['sparsity']:.0%}",
+    "batch": lambda r: str(r["batch"]),
+    "threads": lambda r: str(r["threads"]),
+    "weights gone": lambda r: f"{1 - r['params_after'] / r['params_before']:.0%}",
+    "MAC ratio": lambda r: f"{r['mac_ratio']:.2f}",
+    "best dense ms": lambda r: f"{r['dense_ms']:.1f}",
+    "fxsparse ms": lambda r: f"{r['fxsparse_ms']:.1f}",
+    "speedup (p20-p80)": lambda r: f"**{r['speedup']:.2f}** ({r['speedup_p20']:.2f}-{r['speedup_p80']:.2f})",
+    "speedup / MAC ratio": lambda r: f"{r['eta']:.2f}",
+}
+_CHANNEL_COLUMNS = {"time / natively slim": lambda r: f"{r['over_slim']:.3f}" if "over_slim" in r else ""}
+_BLOCK_COLUMNS = {"rows of a group": lambda r: str(r["rows"])}
 
 
 def write_readme() -> int:
