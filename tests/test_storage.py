@@ -164,10 +164,31 @@ def test_the_mean_over_positions_and_a_depthwise_convolution_let_a_permutation_t
 
 
 @pytest.mark.parametrize(
+    "between",
+    [
+        lambda y: torch.cat([y[:, :, 1:], y[:, :, :1]], 2),
+        lambda y: y.flatten(2).transpose(1, 2).transpose(1, 2).reshape(y.shape[0], 64, 5, 5),
+        lambda y: (
+            y.permute(0, 2, 3, 1).reshape(y.shape[0], 25, 64).permute(0, 2, 1).unsqueeze(3)[:, :, :, 0].unsqueeze(3)
+        ),
+        lambda y: (y[:, :, 2] + y[:, :, 1])[:, :, :, None].expand(y.shape[0], 64, 5, 5),
+        lambda y: y.view(y.shape[0], 1, 64, 25).select(1, 0).view(y.shape[0], 64, 5, 5),
+    ],
+)
+def test_movement_along_other_dimensions_lets_a_permutation_through(between: Callable[[Tensor], Tensor]) -> None:
+    model = Of(lambda m, x: m["b"](between(m["a"](x))), a=conv(8, 64), b=conv(64, 3))
+    gm, decisions = stored(model, integers(2, 8, 5, 5))
+    assert [d.accepted for d in of(decisions, "permute_channels")] == [True]
+    assert scattered(gm) == 0
+
+
+@pytest.mark.parametrize(
     ("between", "why"),
     [
         (lambda y: y.view(y.shape[0], 2, 32, 5, 5).transpose(1, 2).reshape(y.shape[0], 64, 5, 5), "reshape"),
         (lambda y: torch.cat([y[:, 32:], y[:, :32]], 1), "slice"),
+        (lambda y: y.flip(1), "flip"),
+        (lambda y: y.transpose(1, 3).reshape(y.shape[0], 64, 5, 5), "reshape"),
         (lambda y: F.group_norm(y, 4).round(), "group_norm"),
         (lambda y: y.softmax(1).round(), "softmax"),
     ],

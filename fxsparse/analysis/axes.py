@@ -22,6 +22,10 @@ from fxsparse.rules.norms import BatchNorm, LayerNorm
 from fxsparse.rules.windows import AveragePool, Reduction
 
 Axis = tuple[fx.Node, int]
+_PASSING = (
+    aten.permute.default, aten.transpose.int, aten.cat.default, aten.slice.Tensor, aten.select.int,
+    aten.view.default, aten.reshape.default, aten.expand.default, aten.unsqueeze.default, aten.contiguous.default,
+)  # fmt: skip
 _FLATTENS = (aten.view.default, aten.reshape.default, aten.flatten.using_ints)
 
 
@@ -122,6 +126,8 @@ def _link(node: fx.Node, links: _Links) -> None:
     elif node.target in _FLATTENS and _flattens(node, x):
         links.tie(node, 0, x, 0)
         links.follows[node, 1] = ((x, 1), math.prod(_integers(x)[2:]))
+    elif node.target in _PASSING and _rank(node):
+        _pass_on(node, links)
     else:
         links.pin_all([node, *node.all_input_nodes], f"{operator_name(node)} ({owner(node)}) tells channels apart")
 
@@ -183,6 +189,48 @@ def _reduction(node: fx.Node, x: fx.Node, links: _Links) -> None:
         if dim not in reduced:
             links.tie(x, dim, node, dim if arg(node, "keepdim") else position)
             position += 1
+
+
+def _pass_on(node: fx.Node, links: _Links) -> None:
+    """Movement: a dimension that comes through whole and in order is tied; the others are pinned."""
+    reason = f"{operator_name(node)} ({owner(node)}) tells channels apart"
+    passed: set[Axis] = set()
+    for x in node.all_input_nodes:
+        if _rank(x):
+            for dim, to in _same_dims(node, x):
+                links.tie(x, dim, node, to)
+                passed |= {(x, dim), (node, to)}
+    for n in [node, *node.all_input_nodes]:
+        links.pin(n, [d for d in range(_rank(n)) if (n, d) not in passed], reason)
+
+
+def _same_dims(node: fx.Node, x: fx.Node) -> list[tuple[int, int]]:
+    """Dimensions of `x` that are dimensions of the result, index by index."""
+    rank = _rank(x)
+    if node.target is aten.permute.default:
+        return [(d % rank, i) for i, d in enumerate(arg(node, "dims"))]
+    if node.target is aten.transpose.int:
+        a, b = arg(node, "dim0") % rank, arg(node, "dim1") % rank
+        return [(d, {a: b, b: a}.get(d, d)) for d in range(rank)]
+    if node.target in (aten.cat.default, aten.slice.Tensor):
+        return [(d, d) for d in range(rank) if d != arg(node, "dim") % rank]
+    if node.target is aten.select.int:
+        gone = arg(node, "dim") % rank
+        return [(d, d - (d > gone)) for d in range(rank) if d != gone]
+    if node.target is aten.unsqueeze.default:
+        new = arg(node, "dim") % (rank + 1)
+        return [(d, d + (d >= new)) for d in range(rank)]
+    if node.target is aten.expand.default:
+        new = _rank(node) - rank
+        return [(d, d + new) for d in range(rank) if _shape(x)[d] == _shape(node)[d + new]]
+    return _kept_by_reshape(_integers(x), _integers(node))
+
+
+def _kept_by_reshape(before: list[int], after: list[int]) -> list[tuple[int, int]]:
+    """Dimensions of one size with as many elements before and behind them on both sides."""
+    ends = {(math.prod(after[:j]), size): j for j, size in enumerate(after) if size > 1}
+    found = [(i, ends.get((math.prod(before[:i]), size))) for i, size in enumerate(before) if size > 1]
+    return [(i, j) for i, j in found if j is not None]
 
 
 def _flattens(node: fx.Node, x: fx.Node) -> bool:
