@@ -27,7 +27,7 @@ def test_the_readme_s_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_readme_s_commands_exist() -> None:
     lines = re.findall(r"^fxsparse +(\w+)", README, flags=re.MULTILINE)
-    assert set(lines) == {"plan", "compile"}
+    assert set(lines) == {"plan", "compile", "coarsen"}
     for command in lines:
         with pytest.raises(SystemExit) as stop:
             cli.main([command, "--help"])
