@@ -119,15 +119,13 @@ class LayerTimes:
 
     def __call__(self, node: fx.Node, rows: int, columns: int) -> float:
         """Seconds for `node` with a weight of `rows` x `columns` (x taps), at the batch given."""
-        case = _Case.of(node, rows, columns, self.batch)
-        key = str(case.key)
-        if key not in self.seconds:
-            self.seconds[key] = case.measure_s()
-        return self.seconds[key]
+        return self._look_up(_Case.of(node, rows, columns, self.batch))
 
     def of_format(self, node: fx.Node, packed: ShuffledBlock) -> float:
-        """Seconds for `node` with its weight packed, at the batch given, as far as memory goes on warm caches."""
-        case = _packed_case(node, packed, self.batch)
+        """Seconds for `node` with its weight packed and its rows in order, at the batch given."""
+        return self._look_up(_packed_case(node, packed, self.batch))
+
+    def _look_up(self, case: _Case) -> float:
         key = str(case.key)
         if key not in self.seconds:
             self.seconds[key] = case.measure_s()
@@ -154,16 +152,19 @@ class LayerTimes:
 
 @dataclass(frozen=True)
 class _Case:
+    """What is timed: `make` gives the call, and is only needed when `key` was never timed before."""
+
     key: tuple[Any, ...]
-    run: Callable[[], object]
+    make: Callable[[], Callable[[], object]]
 
     def measure_s(self) -> float:
         """The fastest of some runs: one layer is short, and what disturbs it only ever adds."""
         times: list[float] = []
-        self.run()
+        run = self.make()
+        run()
         stop = time.perf_counter() + 0.02
         while len(times) < 5 or (time.perf_counter() < stop and len(times) < 50):
-            times.append(_time_ms(self.run) * 1e-3)
+            times.append(_time_ms(run) * 1e-3)
         return min(times)
 
     @staticmethod
@@ -173,9 +174,8 @@ class _Case:
         shape = [size if isinstance(size, int) else batch for size in val.shape]
         if node.target is aten.linear.default:
             shape[-1] = columns
-            w = torch.ones(rows, columns, dtype=weight.dtype, device=weight.device)
-            x = torch.ones(shape, dtype=weight.dtype, device=weight.device)
-            return _Case(("linear", tuple(shape), rows, str(weight.dtype)), _linear(x, w))
+            key = ("linear", tuple(shape), rows, str(weight.dtype), str(weight.device))
+            return _Case(key, lambda: _linear(_ones(shape, weight), _ones([rows, columns], weight)))
         return _convolution(node, shape, weight, rows, columns)
 
 
@@ -186,19 +186,20 @@ def _packed_case(node: fx.Node, packed: ShuffledBlock, batch: int) -> _Case:
     if node.target is aten.conv2d.default:
         geometry = {n: pair(arg(node, n)) for n in ("stride", "padding", "dilation")}
         shape = [shape[i] for i in (0, 2, 3, 1)]
-    x = torch.ones(shape, dtype=val.dtype, device=val.device)
-    in_order = dataclasses.replace(packed, rows=torch.arange(len(packed.rows), dtype=torch.int32))
     blocks = hashlib.sha256(packed.row_ptr.numpy().tobytes() + packed.columns.numpy().tobytes()).hexdigest()[:16]
-    key = (
-        "shuffled_block",
-        digest("shuffled_block"),
-        tuple(shape),
-        packed.shape,
-        str(geometry),
-        blocks,
-        str(val.dtype),
-    )
-    return _Case(key, lambda: multiply(in_order, x, **geometry))
+    source = digest("shuffled_block")
+    key = ("shuffled_block", source, tuple(shape), packed.shape, str(geometry), blocks, str(val.dtype))
+
+    def make() -> Callable[[], object]:
+        x = _ones(shape, val)
+        in_order = dataclasses.replace(packed, rows=torch.arange(len(packed.rows), dtype=torch.int32, device="cpu"))
+        return lambda: multiply(in_order, x, **geometry)
+
+    return _Case(key, make)
+
+
+def _ones(shape: Sequence[int], like: Tensor) -> Tensor:
+    return torch.ones(list(shape), dtype=like.dtype, device=like.device)
 
 
 def _linear(x: Tensor, w: Tensor) -> Callable[[], object]:
@@ -212,11 +213,14 @@ def _convolution(node: fx.Node, shape: list[int], weight: Tensor, rows: int, col
         groups = max(1, rows * groups // weight.shape[0])
     shape[channel] = columns * groups
     taps = list(weight.shape[2:])
-    w = torch.ones([rows, columns, *taps], dtype=weight.dtype, device=weight.device)
-    x = torch.ones(shape, dtype=weight.dtype, device=weight.device)
     settings = [arg(node, name) for name in ("stride", "padding", "dilation")]
     key = ("conv", tuple(shape), rows, tuple(taps), str(settings), groups, str(weight.dtype), str(weight.device))
-    return _Case(key, _packed(x, w, settings, groups) or _eager(node, x, w, settings, groups))
+
+    def make() -> Callable[[], object]:
+        x, w = _ones(shape, weight), _ones([rows, columns, *taps], weight)
+        return _packed(x, w, settings, groups) or _eager(node, x, w, settings, groups)
+
+    return _Case(key, make)
 
 
 def _eager(node: fx.Node, x: Tensor, w: Tensor, settings: list[Any], groups: int) -> Callable[[], object]:

@@ -96,4 +96,4 @@ def _order(leader: fx.Node, size: int) -> Tensor:
 
 
 def _expand(order: Tensor, times: int) -> Tensor:
-    return (order[:, None] * times + torch.arange(times)).flatten()
+    return (order[:, None] * times + torch.arange(times, device="cpu")).flatten()

@@ -111,7 +111,7 @@ def pack(weight: Tensor, groups: Sequence[NDArray[np.int64]] | None = None) -> S
     return ShuffledBlock(
         values=torch.cat([p[1].flatten() for p in parts]) if parts else flat.new_zeros(0),
         value_ptr=_pointers([p[1].numel() for p in parts], torch.int64),
-        columns=torch.cat([p[0] for p in parts]).int() if parts else torch.zeros(0, dtype=torch.int32),
+        columns=torch.cat([p[0] for p in parts]).int() if parts else torch.zeros(0, dtype=torch.int32, device="cpu"),
         column_ptr=_pointers([len(p[0]) for p in parts], torch.int32),
         rows=torch.from_numpy(np.concatenate([*groups, np.zeros(0, np.int64)])).int(),
         row_ptr=_pointers([len(g) for g in groups], torch.int32),
@@ -133,7 +133,7 @@ def _as_rows(weight: Tensor) -> Tensor:
 
 
 def _pointers(counts: list[int], dtype: torch.dtype) -> Tensor:
-    return torch.tensor([0, *counts], dtype=torch.int64).cumsum(0).to(dtype)
+    return torch.tensor([0, *counts], dtype=torch.int64, device="cpu").cumsum(0).to(dtype)
 
 
 def unpack(packed: ShuffledBlock) -> Tensor:
@@ -169,7 +169,7 @@ def _problem(p: ShuffledBlock) -> str:
     lanes = (p.row_ptr.diff().long() + LANES - 1) // LANES * LANES
     if not torch.equal(p.value_ptr.diff(), p.column_ptr.diff().long() * lanes):
         return "blocks that are not rows x columns"
-    inner = torch.ones(max(0, len(p.columns) - 1), dtype=torch.bool)
+    inner = torch.ones(max(0, len(p.columns) - 1), dtype=torch.bool, device="cpu")
     starts = p.column_ptr[1:-1].long() - 1
     inner[starts[(starts >= 0) & (starts < len(inner))]] = False
     return "" if bool((p.columns.diff()[inner] > 0).all()) else "columns that do not ascend"

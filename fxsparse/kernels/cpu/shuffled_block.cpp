@@ -37,7 +37,7 @@ constexpr int ACCUMULATORS = 4;
 constexpr int ACCUMULATORS = REGISTERS;  // of a tile: pixels x vectors of rows; the rest holds weights
 #endif
 constexpr int PADDED_TO = 16;               // lanes of a group are padded to this many, whatever the machine
-constexpr int64_t BAND_BYTES = 384 * 1024;    // of input and output, so that all groups find them in the second-level cache
+constexpr int64_t BAND_BYTES = 384 * 1024;    // of input and output: all groups find them in the second-level cache
 constexpr int64_t COPIED_BYTES = 192 * 1024;  // an image that small is copied with its padding
 constexpr int64_t CHAIN = 160;               // columns summed up in one go: rounding errors grow with the length
 constexpr int64_t CACHE_BYTES = 4096;         // of one way of the first-level cache
@@ -284,7 +284,7 @@ struct Field {
     int64_t y_line, y_pixel;
     int64_t lines, pixels;
     int64_t row_step;  // elements from one input row to the next, for the taps
-    int64_t first_row; // output row of the first line when taps above and below the image are to be skipped, or -1
+    int64_t first_row;  // output row of the first line when taps above and below the image are to be skipped, or -1
 };
 
 template <typename T>
@@ -330,8 +330,8 @@ struct Convolution {
         const bool padded = q.padding_y || q.padding_x;
         const bool small = q.height * q.width * q.channels * 4 <= COPIED_BYTES;
         copies = !std::is_same_v<T, float> || (padded && (small || right - left < 4));
-        const int64_t row_bytes = ((copies ? copy_width() : q.width) * q.channels * q.stride_y + q.out_width * q.out_channels) * 4;
-        band = std::max<int64_t>(1, BAND_BYTES / row_bytes);
+        const int64_t in_row = (copies ? copy_width() : q.width) * q.channels * q.stride_y;
+        band = std::max<int64_t>(1, BAND_BYTES / 4 / (in_row + q.out_width * q.out_channels));
         if (copies) band = std::max(band, std::min<int64_t>(q.out_height, q.kernel_height * q.dilation_y));
         bands = (q.out_height + band - 1) / band;
         band = (q.out_height + bands - 1) / bands;
@@ -411,17 +411,20 @@ struct Convolution {
         const int64_t strip = input_rows(rows_out) * taps_wide() * q.channels;
         copied.resize((left + q.out_width - right) * strip);
         float* to = copied.data();
-        for (int64_t ox = 0; ox < q.out_width; ox = ox + 1 == left ? right : ox + 1) {
-            if (ox >= left && ox < right) ox = right;
-            if (ox >= q.out_width) break;
-            copy_band(image, first, rows_out, ox * q.stride_x - q.padding_x, taps_wide(), to);
-            Field<T> f = field(to, taps_wide() * q.channels, at, 1, ox, ox + 1, -1);
-            f.pixels = rows_out;
-            f.x_pixel = f.x_line;
-            f.y_pixel = f.y_line;
-            fields.push_back(f);
-            to += strip;
-        }
+        for (int64_t ox = 0; ox < left; ox++, to += strip) fields.push_back(border(image, first, rows_out, ox, to));
+        for (int64_t ox = right; ox < q.out_width; ox++, to += strip)
+            fields.push_back(border(image, first, rows_out, ox, to));
+    }
+
+    // Output column `ox` of a band, read from a padded copy of the pixels under its taps.
+    Field<T> border(int64_t image, int64_t first, int64_t rows_out, int64_t ox, float* to) const {
+        copy_band(image, first, rows_out, ox * q.stride_x - q.padding_x, taps_wide(), to);
+        const int64_t at = (image * q.out_height + first) * q.out_width;
+        Field<T> f = field(to, taps_wide() * q.channels, at, 1, ox, ox + 1, -1);
+        f.pixels = rows_out;
+        f.x_pixel = f.x_line;
+        f.y_pixel = f.y_line;
+        return f;
     }
 
     Field<T> field(const float* from, int64_t row_step, int64_t at, int64_t lines, int64_t x0, int64_t x1,
@@ -487,12 +490,11 @@ struct Convolution {
         for (int64_t t = 0, v = 0; t < tiles; t++) {
             const int64_t wide = (vectors - v + tiles - t - 1) / (tiles - t), lane = v * LANES;
             const Sink<T> sink{nullptr, nullptr, lane_bias.data() + lane_ptr[g] + lane, row + lane, count - lane,
-                               in_order[g] != 0,
-                               f.y_pixel, static_cast<int>(q.activation)};
-            for (int64_t line = first_line; line < last_line; line++) {
-                const Ahead ahead = after(g, line - first_line + t * (last_line - first_line), tiles * (last_line - first_line));
-                run_line(g, f, line, static_cast<int>(wide), values + value_ptr[g] + lane, lanes, offset, ahead, sink);
-            }
+                               in_order[g] != 0, f.y_pixel, static_cast<int>(q.activation)};
+            const int64_t lines = last_line - first_line;
+            for (int64_t i = 0; i < lines; i++)
+                run_line(g, f, first_line + i, static_cast<int>(wide), values + value_ptr[g] + lane, lanes, offset,
+                         after(g, t * lines + i, tiles * lines), sink);
             v += wide;
         }
     }

@@ -14,6 +14,7 @@ from fxsparse.kernels.build import load
 
 # The order is that of `enum Activation` in the source.
 ACTIVATIONS = ("none", "relu", "relu6", "silu", "gelu", "hardswish")
+_NUMBER = {name: i for i, name in enumerate(ACTIVATIONS)}
 _NAMES = {torch.float32: "fxsparse_shuffled_block_f32", torch.bfloat16: "fxsparse_shuffled_block_bf16"}
 
 
@@ -23,7 +24,7 @@ def run(
     packed: Sequence[Tensor],
     bias: Tensor | None,
     residual: Tensor | None,
-    geometry: tuple[tuple[int, ...], ...],
+    geometry: Sequence[Sequence[int]],
     activation: str,
     isa: str | None = None,
 ) -> None:
@@ -33,9 +34,12 @@ def run(
     geometry  kernel, stride, padding, dilation, two ints each
     bias and residual have the dtype of x. Output channels in no group are not written.
     """
-    sizes = (*x.shape, *y.shape[1:], *(n for pair in geometry for n in pair), len(packed[5]) - 1,
-             ACTIVATIONS.index(activation), torch.get_num_threads())  # fmt: skip
     values, value_ptr, columns, column_ptr, rows, row_ptr = packed
+    kernel, stride, padding, dilation = geometry
+    sizes = (
+        *x.shape, *y.shape[1:], *kernel, *stride, *padding, *dilation, row_ptr.shape[0] - 1,
+        _NUMBER[activation], torch.get_num_threads(),
+    )  # fmt: skip
     _function(x.dtype, isa)(
         _problem(sizes), x.data_ptr(), y.data_ptr(), values.data_ptr(), value_ptr.data_ptr(), columns.data_ptr(),
         column_ptr.data_ptr(), rows.data_ptr(), row_ptr.data_ptr(), bias.data_ptr() if bias is not None else None,
