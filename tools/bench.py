@@ -62,8 +62,8 @@ SPINE: list[dict[str, Any]] = [
 BLOCKS: list[dict[str, Any]] = [
     *(
         {"model": model, "recipe": "shuffled_blocks", "sparsity": 0.74, "rows": 64, "batch": batch, "threads": threads}
-        for model in ("vgg16", "resnet50", "resnet18", "vit_b_16")
-        for batch in (1, 16)
+        for model, batches in (("resnet18", (1, 16)), ("resnet50", (1, 16)), ("vgg16", (1, 16)), ("vit_b_16", (1,)))
+        for batch in batches
         for threads in (1, 2)
     ),
     *(

@@ -18,8 +18,8 @@
 #include <utility>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
 #endif
 
 namespace {
@@ -128,9 +128,10 @@ struct Sink {
     bool in_order;       // rows[0], rows[0] + 1, ...
     int64_t step;        // elements between two pixels
     int activation;
+    bool fetch;          // what is written, and the residual, come from memory: fetch them while there is time
 };
 
-// Lanes that go to scattered channels, or that are fewer than a vector holds; or another type than float.
+// Lanes that go to scattered channels, or are stored in another type than float.
 template <typename T, int V, int P>
 inline void put_lanes(const Vec (&sum)[P][V], const Sink<T>& sink) {
     float lane[P][V * LANES];
@@ -149,31 +150,52 @@ inline void put_lanes(const Vec (&sum)[P][V], const Sink<T>& sink) {
         for (int64_t i = 0; i < n; i++) narrow(lane[p][i], &sink.y[p * sink.step + sink.rows[i]]);
 }
 
+// The first `n` lanes only: a group's last register may be half full, and what lies behind it belongs to another group.
+inline Vec load_some(const float* from, int64_t n) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Vec>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), from));
+#else
+    Vec v{};
+    std::memcpy(&v, from, n * sizeof(float));
+    return v;
+#endif
+}
+inline void store_some(float* to, Vec v, int64_t n) {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << n) - 1), reinterpret_cast<__m512>(v));
+#else
+    std::memcpy(to, &v, n * sizeof(float));
+#endif
+}
+
+// Lanes that go to channels that follow each other.
 template <int V, int P>
-inline void put_whole(Vec (&sum)[P][V], const Sink<float>& sink) {
-    if (sink.residual) {
-        const float* from = sink.residual + sink.rows[0];
-#pragma GCC unroll 32
-        for (int p = 0; p < P; p++)
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) sum[p][v] += *reinterpret_cast<const Vec*>(from + p * sink.step + v * LANES);
-    }
+inline void put_in_order(Vec (&sum)[P][V], const Sink<float>& sink) {
+    const float* from = sink.residual ? sink.residual + sink.rows[0] : nullptr;
     float* to = sink.y + sink.rows[0];
-    if (sink.activation == NONE) {
-#pragma GCC unroll 32
-        for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
-            for (int v = 0; v < V; v++) *reinterpret_cast<Vec*>(to + p * sink.step + v * LANES) = sum[p][v];
-    } else if (sink.activation == RELU) {
+    for (int v = 0; v < V; v++) {
+        const int64_t n = sink.lanes - v * LANES, at = v * LANES;
+        if (n <= 0) break;
+        if (from) {
 #pragma GCC unroll 32
-        for (int p = 0; p < P; p++)
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++)
-                *reinterpret_cast<Vec*>(to + p * sink.step + v * LANES) = at_least(sum[p][v], 0.0f);
-    } else {
-        for (int p = 0; p < P; p++)
-            for (int v = 0; v < V; v++)
-                *reinterpret_cast<Vec*>(to + p * sink.step + v * LANES) = activate(sum[p][v], sink.activation);
+            for (int p = 0; p < P; p++)
+                sum[p][v] += n >= LANES ? *reinterpret_cast<const Vec*>(from + p * sink.step + at)
+                                        : load_some(from + p * sink.step + at, n);
+        }
+        if (sink.activation == RELU) {
+#pragma GCC unroll 32
+            for (int p = 0; p < P; p++) sum[p][v] = at_least(sum[p][v], 0.0f);
+        } else if (sink.activation != NONE) {
+            for (int p = 0; p < P; p++) sum[p][v] = activate(sum[p][v], sink.activation);
+        }
+        if (n >= LANES) {
+#pragma GCC unroll 32
+            for (int p = 0; p < P; p++)
+                *reinterpret_cast<Vec*>(to + p * sink.step + at) = sum[p][v];
+        } else {
+            for (int p = 0; p < P; p++) store_some(to + p * sink.step + at, sum[p][v], n);
+        }
     }
 }
 
@@ -210,6 +232,15 @@ void tile(const float* x, int64_t step, const int32_t* offset, int64_t columns, 
     for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) sum[p][v] = *reinterpret_cast<const Vec*>(sink.bias + v * LANES);
+    if (sink.in_order && sink.fetch) {
+        const int64_t n = std::min<int64_t>(sink.lanes, V * LANES);
+        for (int p = 0; p < P; p++)
+            for (int64_t lane = 0; lane < n; lane += 16) {
+                const int64_t at = p * sink.step + sink.rows[0] + lane;
+                __builtin_prefetch(sink.y + at, 1, 2);
+                if (sink.residual) __builtin_prefetch(sink.residual + at, 0, 2);
+            }
+    }
     const int64_t chains = (columns + CHAIN - 1) / CHAIN;
     if (chains <= 1) {
         add_columns<V, P>(sum, x, step, offset, 0, columns, w, lanes, ahead);
@@ -230,7 +261,7 @@ void tile(const float* x, int64_t step, const int32_t* offset, int64_t columns, 
         }
     }
     if constexpr (std::is_same_v<T, float>) {
-        if (sink.in_order && sink.lanes >= V * LANES) return put_whole<V, P>(sum, sink);
+        if (sink.in_order) return put_in_order<V, P>(sum, sink);
     }
     put_lanes<T, V, P>(sum, sink);
 }
@@ -304,6 +335,7 @@ struct Convolution {
     std::vector<int64_t> part_ptr{};        // groups of every part
     std::vector<float> lane_bias{};         // of every lane of every group, one after the other
     std::vector<int64_t> lane_ptr{};
+    bool far_out = false;                   // the output does not fit into the second-level cache
     std::vector<char> in_order{};           // whether a group's rows follow each other
 
     int64_t taps_wide() const { return (q.kernel_width - 1) * q.dilation_x + 1; }
@@ -336,6 +368,7 @@ struct Convolution {
         bands = (q.out_height + band - 1) / band;
         band = (q.out_height + bands - 1) / bands;
         bands = (q.out_height + band - 1) / band;
+        far_out = pixels_out * q.out_channels * 4 > 4 * COPIED_BYTES;
         const int64_t units = q.images * bands;
         const int64_t wanted = q.threads > 1 ? (4 * q.threads + units - 1) / units : 1;
         parts = std::max<int64_t>(1, std::min(q.groups, wanted));
@@ -490,7 +523,7 @@ struct Convolution {
         for (int64_t t = 0, v = 0; t < tiles; t++) {
             const int64_t wide = (vectors - v + tiles - t - 1) / (tiles - t), lane = v * LANES;
             const Sink<T> sink{nullptr, nullptr, lane_bias.data() + lane_ptr[g] + lane, row + lane, count - lane,
-                               in_order[g] != 0, f.y_pixel, static_cast<int>(q.activation)};
+                               in_order[g] != 0, f.y_pixel, static_cast<int>(q.activation), far_out};
             const int64_t lines = last_line - first_line;
             for (int64_t i = 0; i < lines; i++)
                 run_line(g, f, first_line + i, static_cast<int>(wide), values + value_ptr[g] + lane, lanes, offset,
