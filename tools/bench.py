@@ -223,6 +223,8 @@ def _onnxruntime(model: nn.Module, masks: fxsparse.Masks, x: Tensor, threads: in
 def _session(onnxruntime: Any, path: Path, threads: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    # Its threads would go on spinning after it returned, on the cores of whoever is timed next.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
