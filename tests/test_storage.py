@@ -239,8 +239,8 @@ def test_without_a_timer_the_stored_elements_decide() -> None:
     assert chosen[0].why.endswith("% of the work, not timed")
 
 
-@pytest.mark.parametrize(("sparse_s", "accepted"), [(1.0, True), (1.93, True), (1.95, False), (3.0, False)])
-def test_a_format_is_chosen_when_its_layer_is_faster_by_more_than_noise(sparse_s: float, accepted: bool) -> None:
+@pytest.mark.parametrize(("sparse_s", "accepted"), [(1.0, True), (1.73, True), (1.75, False), (3.0, False)])
+def test_a_format_is_chosen_when_its_layer_is_faster_by_a_margin(sparse_s: float, accepted: bool) -> None:
     model = Of(lambda m, x: m["a"](x), a=conv(8, 64))
     ctx = Context(lambda *_: 2.0, lambda *_: sparse_s, ("shuffled_block",))
     _, (decision, *_) = stored(model, integers(1, 8, 5, 5), ctx=ctx)
