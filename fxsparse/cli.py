@@ -7,7 +7,6 @@ verification; 2 for input that does not fit; 130 when interrupted.
 from __future__ import annotations
 
 import argparse
-import base64
 import dataclasses
 import json
 import sys
@@ -24,8 +23,9 @@ from fxsparse.backend import TARGETS
 from fxsparse.coarsen import Coarsened, partition, refill, refill_plus, regroup, shuffled_block
 from fxsparse.coarsen.page import page
 from fxsparse.errors import FxSparseError, InputError, VerificationError, near
+from fxsparse.ir.files import replacing
+from fxsparse.picture import data_uri, picture
 from fxsparse.progress import progress
-from fxsparse.report_html import picture, png
 
 _EXAMPLES = """\
 examples:
@@ -200,8 +200,8 @@ def _coarsen(arguments: argparse.Namespace) -> None:
     print(found)
     found.masks.save(arguments.out)
     if arguments.html is not None:
-        text = page(found, masks, f"fxsparse coarsen: {arguments.model}, {arguments.method}", _picture_uri)
-        arguments.html.write_text(text, encoding="utf-8")
+        text = page(found, masks, f"fxsparse coarsen: {arguments.model}, {arguments.method}", _draw)
+        _write_text(arguments.html, text)
 
 
 def _rows_of_a_group(arguments: argparse.Namespace) -> dict[str, int]:
@@ -216,8 +216,8 @@ def _rows_of_a_group(arguments: argparse.Namespace) -> dict[str, int]:
     return {names[arguments.method]: arguments.group_rows}
 
 
-def _picture_uri(mask: Tensor) -> str:
-    return "data:image/png;base64," + base64.b64encode(png(picture(mask))).decode()
+def _draw(mask: Tensor) -> str:
+    return data_uri(picture(mask))
 
 
 def _build(arguments: argparse.Namespace, measure: bool) -> fxsparse.Report:
@@ -245,10 +245,15 @@ def _load(arguments: argparse.Namespace) -> tuple[nn.Module, fxsparse.Masks | No
     return model.to(arguments.dtype), masks, load.random_inputs(arguments.shapes, arguments.dtype)
 
 
+def _write_text(path: Path, text: str) -> None:
+    with replacing(path) as name:
+        name.write_text(text, encoding="utf-8")
+
+
 def _write(report: fxsparse.Report, arguments: argparse.Namespace) -> None:
     print(report)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n", encoding="utf-8")
+        _write_text(arguments.json, json.dumps(report.to_dict(), indent=2) + "\n")
     if arguments.html is not None:
         report.to_html(arguments.html)
 

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import Tensor, fx
 
 from fxsparse.formats.shuffled_block import ShuffledBlock
 from fxsparse.formats.shuffled_block_op import multiply, pair
+from fxsparse.ir.files import replacing
 from fxsparse.ir.graph import arg, aten
 from fxsparse.kernels.build import digest
 
@@ -135,11 +135,8 @@ class LayerTimes:
         """Write what was measured, merged with what other processes wrote meanwhile."""
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=".layer-times-")
-        with os.fdopen(handle, "w") as file:
-            json.dump({**self._load(), **self.seconds}, file)
-        os.replace(name, self.path)
+        with replacing(self.path) as name:
+            name.write_text(json.dumps({**self._load(), **self.seconds}), encoding="utf-8")
 
     def _load(self) -> dict[str, float]:
         try:

@@ -16,11 +16,12 @@ OUTSIDE = {"models", "passes", "tests", "tools"}  # not in the wheel, or not und
 # Each room may use itself and those of the lines above.
 ORDER = (
     ("errors",), ("ir",), ("rules",), ("analysis",), ("kernels",), ("formats",), ("passes",), ("backend",),
-    ("verify", "measure"), ("report",), ("contest", "explain", "module"), ("arguments",), ("compiler",), ("fxsparse",),
-    ("load", "progress"), ("demo",), ("cli",),
+    ("verify", "measure"), ("picture",), ("report",), ("contest", "explain", "module"), ("arguments",), ("compiler",),
+    ("fxsparse",), ("load", "progress"), ("demo",), ("cli",),
 )  # fmt: skip
 MAY_USE = {room: {below for line in ORDER[:i] for below in line} for i, line in enumerate(ORDER) for room in line}
-MAY_USE["report"] = {"errors", "ir"}
+MAY_USE["picture"] = set()
+MAY_USE["report"] = {"errors", "ir", "picture"}
 ASIDE = {"coarsen", "prune", "train"}
 MAY_USE |= {room: {"errors", "ir", "rules", "formats"} | ASIDE for room in ASIDE}
 for room in ("demo", "cli"):

@@ -20,8 +20,9 @@ import torch
 from fxsparse.errors import InputError
 from fxsparse.ir.decision import Decision
 from fxsparse.ir.masks import Masks
+from fxsparse.picture import picture, png
 from fxsparse.report import Report, Row, Timing, count, duration, percent, reasons, shape_change, short_names
-from fxsparse.report_html import page, picture, png
+from fxsparse.report_html import page
 
 BLUE, ORANGE = (37, 106, 210), (226, 106, 46)
 DENSE = "The dense build is returned: the rewritten one was measured"

@@ -21,6 +21,8 @@ from torch.fx.node import Argument, Target
 from torch.fx.proxy import TraceError
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fxsparse.ir.union_find import UnionFind
+
 Numbering = dict[str, Tensor]  # module name -> [rows] int64
 Layer = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 
@@ -171,22 +173,16 @@ class _Coupling(fx.Interpreter):
         super().__init__(fx.GraphModule(model, graph))
         self.own = separate_channels(model)
         self.found = {name: self.own[name] for name in masked_layers(model)}
-        self.parent = list(range(_highest(self.own) + 1))
+        self.same: UnionFind[int] = UnionFind()
 
     def numbering(self) -> Numbering:
         """The channels of every layer and batch norm after one run, each by its root."""
         self.run()
-        return {name: torch.tensor([self.root(i) for i in c.tolist()]) for name, c in self.found.items()}
-
-    def root(self, channel: int) -> int:
-        while self.parent[channel] != channel:
-            self.parent[channel] = self.parent[self.parent[channel]]
-            channel = self.parent[channel]
-        return channel
+        return {name: torch.tensor([self.same.root(i) for i in c.tolist()]) for name, c in self.found.items()}
 
     def unite(self, first: Tensor, second: Tensor) -> Tensor:
         for a, b in zip(first.tolist(), second.tolist(), strict=True):
-            self.parent[self.root(b)] = self.root(a)
+            self.same.unite(a, b)
         return first
 
     def placeholder(self, target: Target, args: tuple[Argument, ...], kwargs: dict[str, Any]) -> None:

@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -17,6 +15,7 @@ from torch import fx
 from fxsparse.backend.target import Runnable, Target
 from fxsparse.errors import TargetError
 from fxsparse.ir.graph import flat
+from fxsparse.kernels.build import compiler, compilers
 
 
 class Inductor(Target):
@@ -25,11 +24,10 @@ class Inductor(Target):
     name = "inductor"
 
     def require(self) -> None:
-        compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-        if not any(shutil.which(c.split()[0]) for c in compilers):
+        if compiler() is None:
             raise TargetError(
                 "target 'inductor'",
-                expected=f"a C++ compiler ({' or '.join(compilers)}) on PATH, which Inductor calls",
+                expected=f"a C++ compiler ({' or '.join(compilers())}) on PATH, which Inductor calls",
                 got="none",
                 do="Install one (Debian: apt-get install g++), set CXX, or pass target='eager'.",
             )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxsparse.errors import InputError, MaskError, near
-from fxsparse.ir.masks import Masks
+from fxsparse.ir.masks import Masks, weight_of_mask
 
 Density = float | Mapping[str, float] | None
 
@@ -22,21 +22,8 @@ def layers_of(weights: Mapping[str, Tensor], masks: Masks) -> Iterator[tuple[str
 
 def weight_of(name: str, mask: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
     """The weight of a mask, on its device. MaskError when there is none of that shape, InputError on NaN, infinity."""
-    if name not in weights:
-        raise MaskError(
-            f"mask for {name!r}",
-            expected="the name of one of the weights",
-            got=f"a name that is not among the {len(weights)} weights",
-            do=near(name, weights) or "Give the weight too, or leave its mask out and add it to the result.",
-        )
-    weight = weights[name].detach().to(mask.device)
-    if weight.shape != mask.shape:
-        raise MaskError(
-            f"mask for {name!r}",
-            expected=f"the weight's shape {tuple(weight.shape)}",
-            got=str(tuple(mask.shape)),
-            do="A mask is one bool per weight, True = kept.",
-        )
+    otherwise = "Give the weight too, or leave its mask out and add it to the result."
+    weight = weight_of_mask(name, mask, weights, otherwise).detach().to(mask.device)
     wrong = int((~weight.isfinite()).sum())
     if wrong:
         raise InputError(

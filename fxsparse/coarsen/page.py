@@ -8,10 +8,9 @@ from html import escape
 from torch import Tensor
 
 from fxsparse.coarsen.permute import permuted
-from fxsparse.coarsen.report import Coarsened, Layer
+from fxsparse.coarsen.report import HEADER, Coarsened, cells
 
 _PICTURED = 24
-_HEAD = ("weight", "rows kept", "groups", "density", "after", "|w| kept", "w\u00b2 kept", "added", "removed")
 
 
 def page(found: Coarsened, masks: Mapping[str, Tensor], title: str, draw: Callable[[Tensor], str]) -> str:
@@ -20,7 +19,8 @@ def page(found: Coarsened, masks: Mapping[str, Tensor], title: str, draw: Callab
     masks  those that were given
     draw   a bool [O, n] -> the address of a picture of it, such as a data URI
     """
-    table = _table(_HEAD, [_cells(layer) for layer in found.layers])
+    head = [title.replace("w^2", "w\u00b2") for title in HEADER]
+    table = _table(head, [cells(layer) for layer in found.layers])
     said = "".join(f"<p>{escape(x.name)}: {escape(x.fallback)}</p>" for x in found.layers if x.fallback)
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -59,14 +59,6 @@ def _pictures(found: Coarsened, masks: Mapping[str, Tensor], draw: Callable[[Ten
                        f"{layer.l2_kept:.1%} of w\u00b2</h3><div>{pictures}</div>")  # fmt: skip
     rest = len(layers) - len(figures)
     return "\n".join(figures) + (f"<p>{rest} smaller weights are not shown.</p>" if rest else "")
-
-
-def _cells(layer: Layer) -> tuple[str, ...]:
-    return (
-        layer.name, f"{layer.rows_kept} of {layer.rows}", str(layer.groups), f"{layer.density_before:.3f}",
-        f"{layer.density_after:.3f}", f"{layer.l1_kept:.1%}", f"{layer.l2_kept:.1%}", str(layer.added),
-        str(layer.removed),
-    )  # fmt: skip
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fxsparse.ir.masks import Masks
 
+HEADER = ("weight", "rows kept", "groups", "density", "after", "|w| kept", "w^2 kept", "added", "removed")
+
 
 @dataclass(frozen=True)
 class RowGroup:
@@ -62,8 +64,7 @@ class Coarsened:
     groups: Mapping[str, tuple[RowGroup, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        header = ("weight", "rows kept", "groups", "density", "after", "|w| kept", "w^2 kept", "added", "removed")
-        return "\n".join([str(tabulate([_cells(layer) for layer in self.layers], header, disable_numparse=True)),
+        return "\n".join([str(tabulate([cells(layer) for layer in self.layers], HEADER, disable_numparse=True)),
                           *(f"{layer.name}: {layer.fallback}" for layer in self.layers if layer.fallback)])  # fmt: skip
 
 
@@ -101,7 +102,8 @@ def _share(values: Tensor, part: Tensor, whole: Tensor) -> float:
     return float((values * part).sum(dtype=torch.float64)) / total if total else 1.0
 
 
-def _cells(layer: Layer) -> tuple[str, ...]:
+def cells(layer: Layer) -> tuple[str, ...]:
+    """A line of the table under `HEADER`."""
     return (
         layer.name,
         f"{layer.rows_kept} of {layer.rows}",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from fxsparse.ir.bits import any_along
+from fxsparse.ir.union_find import UnionFind
 
 Space = list[tuple[fx.Node, int]]  # dimensions with one numbering
 NEEDED = 0  # the cause of an index that some output really depends on
@@ -97,20 +98,13 @@ class Layout:
 
         Nodes hash by identity: from a set of them the groups would come in another order every time.
         """
-        parent: dict[tuple[fx.Node, int], tuple[fx.Node, int]] = {}
-
-        def find(x: tuple[fx.Node, int]) -> tuple[fx.Node, int]:
-            while parent.setdefault(x, x) != x:
-                parent[x] = parent[parent[x]]
-                x = parent[x]
-            return x
-
+        tied: UnionFind[tuple[fx.Node, int]] = UnionFind()
         for first, second in self.tied:
-            parent[find(first)] = find(second)
+            tied.unite(second, first)
         groups: dict[tuple[fx.Node, int], Space] = {}
         for member in ((node, dim) for node, kept in self.kept.items() for dim in range(len(kept))):
-            if member in parent:
-                groups.setdefault(find(member), []).append(member)
+            if member in tied:
+                groups.setdefault(tied.root(member), []).append(member)
         return list(groups.values())
 
     def _inherit(self, node: fx.Node, dim: int, cause: str) -> Tensor:

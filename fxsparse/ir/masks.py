@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fxsparse.errors import MaskError, near
+from fxsparse.ir.files import replacing
 
 _SUGGEST_FLOAT = "A mask is one bool per weight, True = kept; 0/1 in uint8 or float is also read."
 
@@ -68,15 +68,8 @@ class Masks(Mapping[str, Tensor]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a .safetensors file (uint8, 1 = kept), whole or not at all."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        name = target.with_name(f".{target.name}.{secrets.token_hex(6)}")
-        try:
+        with replacing(path) as name:
             save_file({n: m.to(torch.uint8).contiguous() for n, m in self.items()}, name)
-            os.replace(name, target)
-        except BaseException:
-            name.unlink(missing_ok=True)
-            raise
 
     @classmethod
     def from_zeros(cls, model: nn.Module) -> Masks:
@@ -113,6 +106,29 @@ class Masks(Mapping[str, Tensor]):
         with torch.no_grad():
             for name, mask in self.check(model).items():
                 parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
+
+
+def weight_of_mask(name: str, mask: Tensor, weights: Mapping[str, Tensor], otherwise: str) -> Tensor:
+    """`weights[name]`. Raises MaskError when there is none, or none of the mask's shape.
+
+    otherwise  the advice when no name is near
+    """
+    if name not in weights:
+        raise MaskError(
+            f"mask for {name!r}",
+            expected="the name of one of the weights",
+            got=f"a name that is not among the {len(weights)} weights",
+            do=near(name, weights) or otherwise,
+        )
+    weight = weights[name]
+    if weight.shape != mask.shape:
+        raise MaskError(
+            f"mask for {name!r}",
+            expected=f"the weight's shape {tuple(weight.shape)}",
+            got=str(tuple(mask.shape)),
+            do="A mask is one bool per weight, True = kept.",
+        )
+    return weight
 
 
 def _as_bool(name: str, mask: Tensor) -> Tensor:

@@ -16,12 +16,12 @@ import platform
 import shlex
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import torch
 
 from fxsparse.errors import TargetError
+from fxsparse.ir.files import replacing
 
 log = logging.getLogger("fxsparse")
 
@@ -40,10 +40,14 @@ def instruction_set() -> str:
     return capability if capability in _ISA else "DEFAULT"
 
 
+def compilers() -> list[str]:
+    """Commands of C++ compilers to look for: $CXX alone, or g++ and clang++."""
+    return [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+
+
 def compiler() -> str | None:
-    """The command of a C++ compiler: $CXX, g++ or clang++; None when there is none."""
-    commands = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-    return next((c for c in commands if shutil.which(shlex.split(c)[0])), None)
+    """The first of `compilers` that is there; None when there is none."""
+    return next((c for c in compilers() if shutil.which(shlex.split(c)[0])), None)
 
 
 def cache_folder() -> Path:
@@ -94,16 +98,10 @@ def _version(command: str) -> str:
 
 def _build(source: Path, command: list[str], path: Path) -> None:
     log.info("compile %s (once, some seconds)", source.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".so")
-    os.close(handle)
-    try:
-        done = subprocess.run([*command, str(source), "-o", name], capture_output=True, text=True, check=False)
+    with replacing(path) as name:
+        done = subprocess.run([*command, str(source), "-o", str(name)], capture_output=True, text=True, check=False)
         if done.returncode:
             lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
             by_hand = shlex.join([*command, str(source), "-o", "/dev/null"])
             raise TargetError(f"kernel {source.name}", expected="a C++17 compiler with OpenMP", got=lines[0][:300],
                               do=f"Try it by hand: {by_hand}")  # fmt: skip
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)

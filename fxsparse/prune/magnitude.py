@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fxsparse.errors import InputError, MaskError, near
-from fxsparse.ir.masks import Masks
+from fxsparse.errors import InputError
+from fxsparse.ir.masks import Masks, weight_of_mask
 
 
 def magnitude(weights: Mapping[str, Tensor], density: float, *, masks: Mapping[str, Tensor] | None = None) -> Masks:
@@ -95,20 +95,7 @@ def _score(name: str, weight: Tensor) -> Tensor:
 def _pruned_last(scores: dict[str, Tensor], weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> int:
     """Give pruned weights the score -1, below every magnitude. Returns how many weights are kept."""
     for name, mask in Masks(masks).items():
-        if name not in scores:
-            raise MaskError(
-                f"mask for {name!r}",
-                expected="the name of one of the weights",
-                got=f"a name that is not among the {len(scores)} weights",
-                do=near(name, scores) or "Give masks of the weights to rank only.",
-            )
-        if mask.shape != weights[name].shape:
-            raise MaskError(
-                f"mask for {name!r}",
-                expected=f"the weight's shape {tuple(weights[name].shape)}",
-                got=str(tuple(mask.shape)),
-                do="A mask is one bool per weight, True = kept.",
-            )
+        weight_of_mask(name, mask, weights, "Give masks of the weights to rank only.")
         scores[name] = scores[name].masked_fill(~mask.reshape(-1).cpu(), -1)
     return sum(int((score >= 0).sum()) for score in scores.values())
 

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from fxsparse.kernels.build import load
+from fxsparse.kernels.shared import ACTIVATIONS
 
-# The order is that of `enum Activation` in the source.
-ACTIVATIONS = ("none", "relu", "relu6", "silu", "gelu", "hardswish")
 _NUMBER = {name: i for i, name in enumerate(ACTIVATIONS)}
 _NAMES = {torch.float32: "fxsparse_shuffled_block_f32", torch.bfloat16: "fxsparse_shuffled_block_bf16"}
 

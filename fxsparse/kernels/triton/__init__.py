@@ -5,20 +5,16 @@ Status: run in Triton's interpreter and compiled for sm_80 and sm_90; NOT run on
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fxsparse.errors import InputError, TargetError, near
+from fxsparse.kernels.shared import ACTIVATIONS, epilogue, output_sizes
 
 Pair = tuple[int, int]
 WHERE = "shuffled block kernel for CUDA"
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda z: z, "relu": F.relu, "relu6": F.relu6, "silu": F.silu, "gelu": F.gelu, "hardswish": F.hardswish,
-}  # fmt: skip
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PACKED = {"rows": torch.int32, "row_ptr": torch.int32, "columns": torch.int32, "column_ptr": torch.int32,
           "values": None, "value_ptr": torch.int64}  # fmt: skip
@@ -74,7 +70,8 @@ def shuffled_block_conv2d(
     if 0 in shape:
         return x.new_empty(shape)
     if rows.numel() < out_channels:
-        y = _without_rows(x.new_zeros(shape), bias, residual, activation)
+        # what a channel without weights is, everywhere: only packed rows are left to write
+        y = epilogue(x.new_zeros(shape, dtype=torch.float32), bias, residual, activation).to(x.dtype)
     else:
         y = x.new_empty(shape)
     if rows.numel():
@@ -99,14 +96,6 @@ def shuffled_block_linear(
         kernel=(1, 1), out_channels=out_features, tiles=tiles,
     )  # fmt: skip
     return y.reshape(*x.shape[:-1], out_features)
-
-
-def _without_rows(y: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
-    """What an output channel without weights is, everywhere, so that only packed rows are left to write."""
-    z = y.float()
-    for term in (bias, residual):
-        z = z if term is None else z + term
-    return ACTIVATIONS[activation](z).to(y.dtype)
 
 
 def _load(x: Tensor) -> Any:
@@ -145,8 +134,7 @@ def _output_shape(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation
     if sum(kernel) > 63:
         do = "Leave this layer dense."
         raise InputError("kernel", expected="height + width of at most 63", got=f"{kernel}", do=do)
-    steps = zip(x.shape[1:3], kernel, stride, padding, dilation, strict=True)
-    sizes = [(size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, p, d in steps]
+    sizes = output_sizes(x.shape[1:3], kernel, stride, padding, dilation)
     if min(sizes) < 1:
         do = f"x is {_kind(x)}, kernel {kernel}, padding {padding}, dilation {dilation}."
         raise InputError("kernel", expected="a window that fits into the padded image", got=f"output {sizes}", do=do)
