@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fxsparse.errors import InputError, TargetError
+from fxsparse.formats import FORMATS
 from fxsparse.formats.grouping import cost, group_rows
 from fxsparse.formats.shuffled_block import ShuffledBlock, pack, unpack
 from fxsparse.formats.shuffled_block_op import multiply, reference, shuffled_block
@@ -187,7 +188,7 @@ def test_a_dtype_without_a_kernel_runs_dense(dtype: torch.dtype) -> None:
 
 def test_the_operator_keeps_the_rules_of_torch_library() -> None:
     packed = pack(blocks((20, 6, 3, 3), 16, 0.5, 0))
-    sizes = (20, [3, 3], [1, 1], [1, 1], [1, 1], "relu")
+    sizes = ([20, 6, 3, 3], [1, 1], [1, 1], [1, 1], "relu")
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     x = torch.randn(2, 7, 5, 6)
     for bias, residual in ((None, None), (torch.randn(20), torch.randn(2, 7, 5, 20))):
@@ -201,7 +202,7 @@ def test_an_input_that_is_not_contiguous_is_read_right() -> None:
 
 def test_the_reference_and_the_kernel_agree() -> None:
     packed, x = pack(blocks((20, 6, 3, 3), 16, 0.5, 0)), torch.randn(2, 7, 5, 6)
-    arguments = (*packed.tensors, None, None, 20, [3, 3], [1, 1], [0, 0], [1, 1], "none")
+    arguments = (*packed.tensors, None, None, [20, 6, 3, 3], [1, 1], [0, 0], [1, 1], "none")
     torch.testing.assert_close(shuffled_block(x, *arguments), reference(x, *arguments), rtol=1e-5, atol=1e-5)
 
 
@@ -214,7 +215,7 @@ def test_the_operator_on_a_gpu_agrees_with_the_dense_one(dtype: torch.dtype) -> 
         w, x = blocks(shape, 64, 0.4, 0).to(dtype), torch.randn(size).to(dtype)
         packed = pack(w)
         tensors = [t.cuda() for t in packed.tensors]
-        y = shuffled_block(x.cuda(), *tensors, None, None, shape[0], packed.kernel, [1, 1], [p, p], [1, 1], "relu")
+        y = shuffled_block(x.cuda(), *tensors, None, None, list(shape), [1, 1], [p, p], [1, 1], "relu")
         exact = F.relu(dense(x.double(), w.double(), {"padding": (p, p)} if p else {}))
         own = F.relu(dense(x, w, {"padding": (p, p)} if p else {}))
         assert float((y.cpu().double() - exact).abs().max()) <= allowed(own, exact)
@@ -286,6 +287,47 @@ def test_damaged_arrays_are_refused(what: str) -> None:
     name, damage = DAMAGE[what]
     with pytest.raises(InputError, match="expected arrays that fit each other; got "):
         dataclasses.replace(packed, **{name: damage(getattr(packed, name))})
+
+
+MISFITS: dict[str, tuple[Tensor, dict[str, object], str]] = {
+    "too few channels": (torch.ones(1, 8, 8, 3), {}, "x of a .*: expected 6 channels in the last dimension; got"),
+    "no image": (torch.ones(8, 6), {}, r"expected \[N, H, W, I\] for a convolution; got shape \(8, 6\)"),
+    "an image smaller than the kernel": (torch.ones(1, 2, 2, 6), {}, "expected an image that the 3x3 kernel fits into"),
+    "a short bias": (torch.ones(1, 3, 3, 6), {"bias": torch.ones(3)}, r"bias of a .*: expected torch.float32 \[20\]"),
+    "a residual of the input's shape": (
+        torch.ones(1, 3, 3, 6), {"residual": torch.ones(1, 3, 3, 6)}, r"expected torch.float32 \[1, 1, 1, 20\]; got",
+    ),
+    "a residual of another dtype": (
+        torch.ones(1, 3, 3, 6), {"residual": torch.ones(1, 1, 1, 20).bfloat16()}, r"got torch.bfloat16 \[1, 1, 1, 20\]",
+    ),
+    "an unknown activation": (torch.ones(1, 3, 3, 6), {"activation": "gleu"}, "Did you mean 'gelu'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MISFITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_the_kernel_would_read_past_the_end_of_is_refused(what: str, dtype: torch.dtype) -> None:
+    x, rest, message = MISFITS[what]
+    if dtype == torch.float64:  # runs dense; the same rules hold
+        message = message.replace("float32", "float64")
+        rest = {k: v.double() if isinstance(v, Tensor) and v.dtype == torch.float32 else v for k, v in rest.items()}
+    with pytest.raises(InputError, match=message):
+        multiply(pack(torch.ones(20, 6, 3, 3).to(dtype)), x.to(dtype), **rest)  # type: ignore[arg-type]
+
+
+def test_groups_that_leave_out_a_row_with_a_nonzero_are_refused() -> None:
+    w = torch.ones(40, 5)
+    w[39] = 0
+    assert torch.equal(unpack(pack(w, [np.arange(20), np.arange(20, 39)])), w)
+    with pytest.raises(InputError, match="got 19 that are in none, the first is 20"):
+        pack(w, [np.arange(20)])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_weight_back(name: str) -> None:
+    for shape in ((40, 12), (33, 5, 3, 3), (1, 1)):
+        w = blocks(shape, 16, 0.4, 0)
+        assert torch.equal(FORMATS[name].unpack(FORMATS[name].pack(w)), w)
 
 
 def test_a_weight_of_another_rank_is_refused() -> None:

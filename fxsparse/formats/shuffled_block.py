@@ -28,8 +28,6 @@ from torch import Tensor
 from fxsparse.errors import InputError
 from fxsparse.formats.grouping import LANES, group_rows
 
-_TENSORS = ("values", "value_ptr", "columns", "column_ptr", "rows", "row_ptr")
-
 
 @dataclass(frozen=True)
 class ShuffledBlock:
@@ -53,9 +51,14 @@ class ShuffledBlock:
                              do="Pack it again from the weight: the file or tensor was damaged.")  # fmt: skip
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The arrays in the order the operator takes them."""
+        return ("values", "value_ptr", "columns", "column_ptr", "rows", "row_ptr")
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """In the order the operator takes them."""
-        return tuple(getattr(self, name) for name in _TENSORS)
+        """They themselves."""
+        return tuple(getattr(self, name) for name in self.names)
 
     @property
     def groups(self) -> int:
@@ -65,10 +68,6 @@ class ShuffledBlock:
     def nse(self) -> int:
         """Stored elements: zeros inside blocks and lanes that round a group up to 16 rows included."""
         return self.values.numel()
-
-    @property
-    def kernel(self) -> list[int]:
-        return list(self.shape[2:]) or [1, 1]
 
     @property
     def in_order(self) -> bool:
@@ -88,18 +87,14 @@ class ShuffledBlock:
         ends = self.row_ptr.tolist()
         return [self.rows[a:b].numpy().astype(np.int64) for a, b in itertools.pairwise(ends)]
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The arrays in the order the operator takes them."""
-        return _TENSORS
-
 
 def pack(weight: Tensor, groups: Sequence[NDArray[np.int64]] | None = None) -> ShuffledBlock:
-    """Pack the nonzeros of `weight` [O, I, kH, kW] or [O, I]. Raises InputError on other ranks.
+    """Pack the nonzeros of `weight` [O, I, kH, kW] or [O, I].
 
     Values keep the weight's dtype. NaN and infinities are nonzeros.
 
     groups  row numbers that share a block; None: they are found in the zeros
+    Raises InputError on other ranks, and on groups that leave out a row with a nonzero.
     """
     if weight.dim() not in (2, 4):
         raise InputError("weight to pack", expected="[O, I] or [O, I, kH, kW]", got=f"shape {tuple(weight.shape)}",
@@ -107,6 +102,10 @@ def pack(weight: Tensor, groups: Sequence[NDArray[np.int64]] | None = None) -> S
     flat = _as_rows(weight.detach().cpu())
     used = (flat != 0).numpy()
     groups = group_rows(used) if groups is None else groups
+    if left_out := set(np.flatnonzero(used.any(1))).difference(*groups):
+        raise InputError("groups of rows", expected="every row with a nonzero in one of them",
+                         got=f"{len(left_out)} that are in none, the first is {min(left_out)}",
+                         do="Leave groups out to have them found.")  # fmt: skip
     parts = [_pack_group(flat, rows, np.logical_or.reduce(used[rows])) for rows in groups]
     return ShuffledBlock(
         values=torch.cat([p[1].flatten() for p in parts]) if parts else flat.new_zeros(0),
