@@ -14,7 +14,7 @@ from torch import fx
 from fxsparse.analysis.reasons import BLOCKERS, columns_kept, is_layer, rows_kept
 from fxsparse.ir.decision import Plan
 from fxsparse.ir.facts import Facts
-from fxsparse.ir.graph import arg, call_nodes, get_tensor, operator_name, owner
+from fxsparse.ir.graph import arg, call_nodes, concrete, get_tensor, operator_name, owner
 from fxsparse.ir.layout import Layout
 from fxsparse.passes import Context
 from fxsparse.report import Row
@@ -47,7 +47,7 @@ def layers_of(gm: fx.GraphModule) -> list[Layer]:
 
 def macs(node: fx.Node, weight: Sequence[int]) -> int:
     """Multiply-accumulates for one sample: positions of the output x rows x (columns x taps) of one row."""
-    shape = [size if isinstance(size, int) else 1 for size in node.meta["val"].shape]
+    shape = concrete(node.meta["val"])
     if operator_name(node) == "linear":
         return math.prod(shape[:-1]) * math.prod(weight)
     return math.prod(shape[len(shape) - len(weight) + 2 :]) * math.prod(weight)

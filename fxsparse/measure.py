@@ -24,7 +24,7 @@ from torch import Tensor, fx
 from fxsparse.formats.shuffled_block import ShuffledBlock
 from fxsparse.formats.shuffled_block_op import multiply, pair
 from fxsparse.ir.files import replacing
-from fxsparse.ir.graph import arg, aten
+from fxsparse.ir.graph import arg, aten, concrete
 from fxsparse.kernels.build import digest
 
 ROUNDS = (6, 60)  # at least, at most
@@ -168,7 +168,7 @@ class _Case:
     def of(node: fx.Node, rows: int, columns: int, batch: int) -> _Case:
         val = cast(fx.Node, node.args[0]).meta["val"]
         weight = cast(fx.Node, node.args[1]).meta["val"]
-        shape = [size if isinstance(size, int) else batch for size in val.shape]
+        shape = concrete(val, batch)
         if node.target is aten.linear.default:
             shape[-1] = columns
             key = ("linear", tuple(shape), rows, str(weight.dtype), str(weight.device))
@@ -178,7 +178,7 @@ class _Case:
 
 def _packed_case(node: fx.Node, packed: ShuffledBlock, batch: int) -> _Case:
     val = cast(fx.Node, node.args[0]).meta["val"]
-    shape = [size if isinstance(size, int) else batch for size in val.shape]
+    shape = concrete(val, batch)
     geometry: dict[str, Any] = {}
     if node.target is aten.conv2d.default:
         geometry = {n: pair(arg(node, n)) for n in ("stride", "padding", "dilation")}

@@ -15,25 +15,25 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
-from fxsparse.analysis.axes import Numbering, followers, numberings
+from fxsparse.analysis.axes import Numbering, numberings
 from fxsparse.ir.decision import Decision
-from fxsparse.ir.graph import get_tensor, owner, replace_weight
+from fxsparse.ir.graph import concrete, get_tensor, owner, replace_weight
 from fxsparse.passes.choose_formats import FORMAT, GROUPS
 from fxsparse.passes.context import Context
 
 
 def plan(gm: fx.GraphModule, ctx: Context) -> list[Decision]:
     """One decision per numbering that has a packed writer whose groups are not in order."""
-    table = numberings(gm)
-    writers: dict[int, list[fx.Node]] = {}
-    spaces: dict[int, Numbering] = {}
+    found = numberings(gm)
+    writers: dict[Numbering, list[fx.Node]] = {}
     for node in gm.graph.nodes:
         if FORMAT in node.meta and node.op == "call_function":
-            numbering = table[cast(fx.Node, node.args[1]), 0]
-            spaces[id(numbering)] = numbering
-            writers.setdefault(id(numbering), []).append(node)
-    found = (_decide(gm, spaces[key], nodes, list(followers(table, spaces[key]))) for key, nodes in writers.items())
-    return [d for d in found if d is not None]
+            writers.setdefault(found[cast(fx.Node, node.args[1]), 0], []).append(node)
+    for numbering in writers:
+        if numbering.follows is not None:  # its order is another's: it cannot have one of its own, nor be given one
+            numbering.hold("its channels are those of a flattened tensor")
+    decisions = (_decide(numbering, nodes) for numbering, nodes in writers.items())
+    return [d for d in decisions if d is not None]
 
 
 def apply(gm: fx.GraphModule, decision: Decision) -> None:
@@ -50,9 +50,7 @@ def apply(gm: fx.GraphModule, decision: Decision) -> None:
         node.meta[GROUPS] = [np.sort(position[rows]) for rows in node.meta[GROUPS]]
 
 
-def _decide(
-    gm: fx.GraphModule, numbering: Numbering, writers: list[fx.Node], behind: list[Numbering]
-) -> Decision | None:
+def _decide(numbering: Numbering, writers: list[fx.Node]) -> Decision | None:
     out_of_order = [n for n in writers if not _in_order(n)]
     if not out_of_order:
         return None
@@ -64,7 +62,7 @@ def _decide(
     order = _order(leader, _size(numbering))
     others = [owner(n) for n in writers if not _in_order(n, _inverse(order))]
     why = "nothing tells its channels apart" + (f"; {', '.join(others)} scatter their rows" if others else "")
-    data = {"order": order, "numberings": [numbering, *behind], "writers": writers}
+    data = {"order": order, "numberings": [numbering, *numbering.followers], "writers": writers}
     return Decision("permute_channels", where, what, why, data=data)
 
 
@@ -80,7 +78,7 @@ def _inverse(order: Tensor) -> NDArray[np.int64]:
 
 def _writes(node: fx.Node) -> int:
     """Elements written for one sample."""
-    return math.prod(size if isinstance(size, int) else 1 for size in node.meta["val"].shape)
+    return math.prod(concrete(node.meta["val"]))
 
 
 def _size(numbering: Numbering) -> int:

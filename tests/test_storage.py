@@ -154,6 +154,29 @@ def test_a_flattened_image_takes_the_permutation_into_the_linear_layer() -> None
     ]
 
 
+def test_a_flattened_image_that_a_packed_layer_is_added_to_stays_in_its_order() -> None:
+    def forward(m: nn.ModuleDict, x: Tensor, z: Tensor) -> Tensor:
+        return m["fc"](m["a"](x).flatten(1) + m["l"](z))
+
+    model = Of(forward, a=conv(8, 64), l=nn.Linear(40, 64 * 6), fc=nn.Linear(64 * 6, 3))
+    _, decisions = stored(model, integers(2, 8, 2, 3), integers(2, 40))
+    assert {d.why for d in of(decisions, "permute_channels")} == {"its channels are those of a flattened tensor"}
+
+
+def test_an_image_flattened_twice_stays_in_its_order() -> None:
+    def forward(m: nn.ModuleDict, x: Tensor) -> Tensor:
+        return m["fc"](m["a"](x).flatten(1).unsqueeze(2).flatten(1))
+
+    stored(Of(forward, a=conv(8, 64), fc=nn.Linear(64 * 6, 3)), integers(2, 8, 2, 3))
+
+
+def test_a_reshape_past_the_batch_ties_no_channels() -> None:
+    batch = object()  # a symbolic size is known by its name only
+    assert axes._kept_by_reshape([batch, 64, 6], [64, batch, 6]) == [(2, 2)]
+    assert axes._kept_by_reshape([batch, 64, 2, 3], [batch, 64, 6]) == [(1, 1)]
+    assert axes._kept_by_reshape([batch, 64, 6], [batch, 8, 8, 6]) == [(2, 3)]
+
+
 def test_the_mean_over_positions_and_a_depthwise_convolution_let_a_permutation_through() -> None:
     def forward(m: nn.ModuleDict, x: Tensor) -> Tensor:
         return m["fc"](m["dw"](m["a"](x)).sum((2, 3)))

@@ -9,12 +9,13 @@ indices for each channel.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
-from fxsparse.ir.graph import arg, aten, operator_name, owner
+from fxsparse.ir.graph import arg, aten, concrete, operator_name, owner
+from fxsparse.ir.union_find import UnionFind
 from fxsparse.rules import rule_of
 from fxsparse.rules.contraction import Convolution, Linear
 from fxsparse.rules.elementwise import Elementwise
@@ -29,18 +30,26 @@ _PASSING = (
 _FLATTENS = (aten.view.default, aten.reshape.default, aten.flatten.using_ints)
 
 
-@dataclass
+@dataclass(eq=False)
 class Numbering:
     """Dimensions with one numbering.
 
-    pinned    why it may not be permuted; empty when it may
-    follows   the numbering whose channels it repeats `times` times in place, or None
+    pinned     why it may not be permuted; empty when it may
+    follows    the numbering whose channels it repeats, `times` times each; None when it has its own
+    followers  those that repeat this one's
     """
 
     axes: list[Axis] = field(default_factory=list)
     pinned: str = ""
-    follows: Axis | None = None
+    follows: Numbering | None = None
     times: int = 1
+    followers: list[Numbering] = field(default_factory=list)
+
+    def hold(self, why: str) -> None:
+        """Pin it, and what it follows: that cannot move without it."""
+        self.pinned = self.pinned or why
+        if self.follows is not None and not self.follows.pinned:
+            self.follows.hold(self.pinned)
 
 
 def numberings(gm: fx.GraphModule) -> dict[Axis, Numbering]:
@@ -51,25 +60,19 @@ def numberings(gm: fx.GraphModule) -> dict[Axis, Numbering]:
             links.pin_all([node, *node.all_input_nodes], f"{node.op} signature")
         elif node.op == "call_function":
             _link(node, links)
-    return links.groups(gm)
+    return links.numberings(gm)
 
 
 class _Links:
-    """Union-find over dimensions."""
+    """What the operators say of dimensions: tied, pinned, one flattened into another."""
 
     def __init__(self) -> None:
-        self.parent: dict[Axis, Axis] = {}
+        self.tied: UnionFind[Axis] = UnionFind()
         self.pins: dict[Axis, str] = {}
-        self.follows: dict[Axis, tuple[Axis, int]] = {}
-
-    def find(self, axis: Axis) -> Axis:
-        while self.parent.setdefault(axis, axis) != axis:
-            self.parent[axis] = self.parent[self.parent[axis]]
-            axis = self.parent[axis]
-        return axis
+        self.flattened: list[tuple[Axis, Axis, int]] = []
 
     def tie(self, a: fx.Node, dim_a: int, b: fx.Node, dim_b: int) -> None:
-        self.parent[self.find((a, dim_a % _rank(a)))] = self.find((b, dim_b % _rank(b)))
+        self.tied.unite((b, dim_b % _rank(b)), (a, dim_a % _rank(a)))
 
     def pin(self, node: fx.Node, dims: Iterable[int], why: str) -> None:
         for dim in dims:
@@ -79,21 +82,27 @@ class _Links:
         for node in nodes:
             self.pin(node, range(_rank(node)), why)
 
-    def groups(self, gm: fx.GraphModule) -> dict[Axis, Numbering]:
+    def numberings(self, gm: fx.GraphModule) -> dict[Axis, Numbering]:
+        of_root: dict[Axis, Numbering] = {}
         found: dict[Axis, Numbering] = {}
         for axis in [(n, d) for n in gm.graph.nodes for d in range(_rank(n))]:
-            numbering = found.setdefault(self.find(axis), Numbering())
-            numbering.axes.append(axis)
-            numbering.pinned = numbering.pinned or self.pins.get(axis, "")
-            if axis in self.follows:
-                other, times = self.follows[axis]
-                if numbering.follows is not None:
-                    numbering.pinned = numbering.pinned or f"{axis[0].name} joins two flattened tensors"
-                numbering.follows, numbering.times = self.find(other), times
-        for numbering in found.values():  # what cannot follow holds the other one fast too
-            if numbering.follows is not None and numbering.pinned:
-                found[numbering.follows].pinned = found[numbering.follows].pinned or numbering.pinned
-        return {axis: numbering for numbering in found.values() for axis in numbering.axes}
+            found[axis] = of_root.setdefault(self.tied.root(axis), Numbering())
+            found[axis].axes.append(axis)
+        for flat, source, times in self.flattened:
+            _follow(found[flat], found[source], times, flat[0])
+        for axis, why in self.pins.items():
+            found[axis].hold(why)
+        return found
+
+
+def _follow(flat: Numbering, source: Numbering, times: int, node: fx.Node) -> None:
+    """`flat` repeats `source`; both are pinned where that is more than one step or source."""
+    if flat.follows not in (None, source) or flat is source or flat.followers or source.follows is not None:
+        for numbering in (flat, source):
+            numbering.hold(f"{node.name} joins or flattens a flattened tensor again")
+    elif flat.follows is None:
+        flat.follows, flat.times = source, times
+        source.followers.append(flat)
 
 
 def _rank(node: fx.Node) -> int:
@@ -125,7 +134,7 @@ def _link(node: fx.Node, links: _Links) -> None:
         _reduction(node, x, links)
     elif node.target in _FLATTENS and _flattens(node, x):
         links.tie(node, 0, x, 0)
-        links.follows[node, 1] = ((x, 1), math.prod(_integers(x)[2:]))
+        links.flattened.append(((node, 1), (x, 1), math.prod(concrete(x.meta["val"])[2:])))
     elif node.target in _PASSING and _rank(node):
         _pass_on(node, links)
     else:
@@ -223,31 +232,25 @@ def _same_dims(node: fx.Node, x: fx.Node) -> list[tuple[int, int]]:
     if node.target is aten.expand.default:
         new = _rank(node) - rank
         return [(d, d + new) for d in range(rank) if _shape(x)[d] == _shape(node)[d + new]]
-    return _kept_by_reshape(_integers(x), _integers(node))
+    return _kept_by_reshape(_shape(x), _shape(node))
 
 
-def _kept_by_reshape(before: list[int], after: list[int]) -> list[tuple[int, int]]:
+def _kept_by_reshape(before: list[object], after: list[object]) -> list[tuple[int, int]]:
     """Dimensions of one size with as many elements before and behind them on both sides."""
-    ends = {(math.prod(after[:j]), size): j for j, size in enumerate(after) if size > 1}
-    found = [(i, ends.get((math.prod(before[:i]), size))) for i, size in enumerate(before) if size > 1]
+    ends = {(_elements(after[:j]), size): j for j, size in enumerate(after) if isinstance(size, int) and size > 1}
+    known = [(i, size) for i, size in enumerate(before) if isinstance(size, int)]
+    found = [(i, ends.get((_elements(before[:i]), size))) for i, size in known]
     return [(i, j) for i, j in found if j is not None]
+
+
+def _elements(sizes: list[object]) -> tuple[int, tuple[str, ...]]:
+    """Their product: the known sizes, and the names of the symbolic ones, so that a batch moved past is seen."""
+    known = [size for size in sizes if isinstance(size, int)]
+    return math.prod(known), tuple(sorted(str(size) for size in sizes if not isinstance(size, int)))
 
 
 def _flattens(node: fx.Node, x: fx.Node) -> bool:
     """[N, C, ...] to [N, C * ...]"""
     before, after = _shape(x), _shape(node)
     known = all(isinstance(size, int) for size in [*before[1:], *after[1:]])
-    return len(after) == 2 and len(before) > 2 and known and math.prod(_integers(x)[1:]) == after[1]
-
-
-def _integers(node: fx.Node) -> list[int]:
-    return [size if isinstance(size, int) else 1 for size in _shape(node)]
-
-
-def followers(table: dict[Axis, Numbering], root: Numbering) -> Iterator[Numbering]:
-    """Numberings that repeat the channels of `root`."""
-    axes, seen = set(root.axes), set()
-    for numbering in table.values():
-        if numbering.follows in axes and id(numbering) not in seen:
-            seen.add(id(numbering))
-            yield numbering
+    return len(after) == 2 and len(before) > 2 and known and math.prod(concrete(x.meta["val"])[1:]) == after[1]

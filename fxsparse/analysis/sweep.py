@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from fxsparse.ir.bits import some
 from fxsparse.ir.facts import Facts
-from fxsparse.ir.graph import get_tensor
+from fxsparse.ir.graph import concrete, get_tensor
 from fxsparse.rules import Rule, rule_of
 
 RuleOf = Callable[[fx.Node], Rule]
@@ -108,7 +108,7 @@ def _wide(tensor: Tensor) -> Tensor:
 def _batch_of_one(value: Any) -> Any:
     """A zero tensor of the placeholder's shape, symbolic sizes at 1; other values as they are."""
     if isinstance(value, Tensor):
-        shape = [size if isinstance(size, int) else 1 for size in value.shape]
+        shape = concrete(value)
         dtype = torch.float64 if value.is_floating_point() else value.dtype
         return torch.zeros(shape, dtype=dtype, device=value.device)
     return 1 if isinstance(value, torch.SymInt) else value

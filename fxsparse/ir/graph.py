@@ -55,6 +55,11 @@ def free_name(gm: nn.Module, name: str) -> str:
     return candidate
 
 
+def concrete(value: Tensor, batch: int = 1) -> list[int]:
+    """The sizes of a fake tensor with `batch` for the symbolic ones."""
+    return [size if isinstance(size, int) else batch for size in value.shape]
+
+
 def weight_of(gm: fx.GraphModule, node: object) -> Tensor | None:
     """The tensor of a get_attr node; None for any other node or value."""
     return get_tensor(gm, str(node.target)) if isinstance(node, fx.Node) and node.op == "get_attr" else None
