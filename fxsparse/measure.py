@@ -215,7 +215,7 @@ def _convolution(node: fx.Node, shape: list[int], weight: Tensor, rows: int, col
 
     def make() -> Callable[[], object]:
         x, w = _ones(shape, weight), _ones([rows, columns, *taps], weight)
-        return _packed(x, w, settings, groups) or _eager(node, x, w, settings, groups)
+        return onednn_convolution(x, w, settings, groups) or _eager(node, x, w, settings, groups)
 
     return _Case(key, make)
 
@@ -225,8 +225,11 @@ def _eager(node: fx.Node, x: Tensor, w: Tensor, settings: list[Any], groups: int
     return lambda: call(x, w, None, *settings, groups)
 
 
-def _packed(x: Tensor, w: Tensor, settings: list[Any], groups: int) -> Callable[[], object] | None:
-    """OneDNN with packed weights in channels_last, as Inductor calls it; None where oneDNN has no such kernel."""
+def onednn_convolution(x: Tensor, w: Tensor, settings: list[Any], groups: int) -> Callable[[], object] | None:
+    """OneDNN with packed weights in channels_last, as Inductor calls it; None where oneDNN has no such kernel.
+
+    settings  stride, padding, dilation
+    """
     usable = x.device.type == "cpu" and x.dim() == 4 and x.dtype in (torch.float32, torch.bfloat16)
     if not usable or isinstance(settings[1], str) or not torch.backends.mkldnn.is_available():
         return None

@@ -307,13 +307,14 @@ def _provenance(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "machine": torch.cuda.get_device_name() if cuda else f"{cpu_name()}, {platform.machine()}",
         "versions": {"torch": torch.__version__, "python": platform.python_version(), "fxsparse": fxsparse.__version__},
-        "commit": _git("rev-parse", "--short", "HEAD") + ("+" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""),
         "date": date.today().isoformat(),
         "command": command + f" --dtype {arguments.dtype} --device {arguments.device}",
     }
 
 
-def _git(*words: str) -> str:
+def git(*words: str) -> str:
+    """What git says, or nothing."""
     return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
