@@ -17,10 +17,10 @@ from fxsparse.ir.decision import Decision
 from fxsparse.ir.graph import get_tensor
 from fxsparse.passes.context import Context
 
-# Timed alone, on warm caches, a packed layer looks better than it is: within ResNet-50 packed layers took 1.25 times as
-# long, dense ones 1.05 times. With 0.97 here a network of 15 % sparsity ended up slower than dense.
+# Timed alone, on warm caches, a packed layer looks better than it is inside a network. With 0.97 here ResNet-50 at 15 %
+# sparsity ended up slower than dense: that row is in tools/rows.
 FASTER = 0.87
-MODELLED = 0.85  # of the dense work: the break-even that was measured for shuffled blocks is near 0.9
+MODELLED = 0.85  # of the dense work, where nothing is timed
 FORMAT, GROUPS = "fxsparse_format", "fxsparse_row_groups"  # keys of node.meta
 
 

@@ -7,7 +7,7 @@ import pytest
 
 import fxsparse
 from fxsparse import cli
-from tools import bench
+from tools import bench, layers
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -40,6 +40,21 @@ def test_the_readme_s_commands_exist() -> None:
 def test_the_readme_s_table_is_the_committed_rows() -> None:
     shown = README.split(bench.MARKS[0])[1].split(bench.MARKS[1])[0].strip()
     assert shown == bench.table(bench.load_rows()).strip()
+
+
+def test_the_architecture_s_table_of_layers_is_the_committed_rows() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    shown = text.split("<!-- layers: begin -->")[1].split("<!-- layers: end -->")[0].strip()
+    assert shown == layers.table(bench.load_rows("layers")).strip()
+
+
+def test_the_matrix_names_every_case_that_is_slower_than_dense() -> None:
+    rows = [r for r in bench.load_rows() if "mispredicted" in r]
+    slower = [r for r in rows if r["speedup"] < 0.98]
+    assert slower
+    shown = bench.matrix(rows)
+    assert f"{len(rows)} cases, {len(slower)} below 0.98 times the best dense build" in shown
+    assert all(f"{r['model']} {r['recipe']} {r['sparsity']}: {r['speedup']}" in shown for r in slower)
 
 
 def test_every_row_says_where_it_comes_from() -> None:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fxsparse.formats.grouping import LANES, START_COLUMNS
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -26,12 +28,11 @@ class Cost:
     tile              rows are computed in multiples of this
     overhead_columns  what starting a group costs, in columns
     narrow            how much slower a group of a single tile is
-    The defaults are those of the CPU kernel on one core of an AMD EPYC with AVX-512 (2026-11-24, 1x1 convolutions): 32
-    and 64 rows alike, 16 rows about 3 % slower, a group's start as long as 13 columns (28x28 pixels) to 40 (7x7).
+    The defaults are those by which the CPU format finds its groups, and a guess for `narrow`: give your own machine's.
     """
 
-    tile: int = 16
-    overhead_columns: float = 24.0
+    tile: int = LANES
+    overhead_columns: float = START_COLUMNS
     narrow: float = 1.03
 
     def per_column(self, rows: Tensor) -> Tensor:

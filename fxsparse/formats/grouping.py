@@ -1,8 +1,7 @@
 """Which rows of a sparse weight share a block: found in the zeros alone.
 
 The cost of a group of R rows with K columns is ceil(R / 16) * 16 * (K + 24): lanes are filled up to 16, and starting a
-group takes about as long as 24 columns (between 13 at 28x28 pixels and 40 at 7x7: 1x1 convolutions, one thread of an
-AMD EPYC with AVX-512, 2026-11-24). Rows with equal columns always go together.
+group is taken to be worth 24 columns. That is a model; what is chosen is timed later. Rows with equal columns always go together.
 Up to 256 different rows are merged pair by pair while that lowers the cost. More are first gathered greedily: a seed,
 and the rows that share most columns with it.
 """
