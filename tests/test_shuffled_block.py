@@ -20,7 +20,7 @@ from fxsparse.errors import InputError, TargetError
 from fxsparse.formats import FORMATS
 from fxsparse.formats.grouping import cost, group_rows
 from fxsparse.formats.shuffled_block import ShuffledBlock, pack, unpack
-from fxsparse.formats.shuffled_block_op import multiply, reference, shuffled_block
+from fxsparse.formats.shuffled_block_op import multiply, reference, shuffled_block, shuffled_block_into
 from fxsparse.kernels import build
 from fxsparse.kernels.cpu import shuffled_block as kernel
 
@@ -263,9 +263,9 @@ def test_only_a_true_zero_is_left_out(value: float) -> None:
     assert pack(w).columns.tolist() == ([] if value == 0 else [3])
 
 
-def test_a_weight_of_zeros_has_no_groups() -> None:
+def test_a_weight_of_zeros_has_one_group_without_columns() -> None:
     packed = pack(torch.zeros(5, 4, 3, 3))
-    assert packed.groups == 0
+    assert (packed.groups, packed.nse) == (1, 0)
     assert torch.equal(multiply(packed, torch.ones(1, 3, 3, 4)), torch.zeros(1, 1, 1, 5))
 
 
@@ -273,6 +273,7 @@ DAMAGE = {
     "column": ("columns", lambda t: t + 10_000),
     "row below": ("rows", lambda t: t - 100),
     "row twice": ("rows", torch.zeros_like),
+    "rows of a smaller weight": ("shape", lambda shape: (shape[0] + 1, *shape[1:])),
     "pointers": ("column_ptr", lambda t: t.flip(0)),
     "fewer values": ("values", lambda t: t[:-16]),
     "columns out of order": ("columns", lambda t: t.flip(0)),
@@ -313,6 +314,36 @@ def test_what_the_kernel_would_read_past_the_end_of_is_refused(what: str, dtype:
         rest = {k: v.double() if isinstance(v, Tensor) and v.dtype == torch.float32 else v for k, v in rest.items()}
     with pytest.raises(InputError, match=message):
         multiply(pack(torch.ones(20, 6, 3, 3).to(dtype)), x.to(dtype), **rest)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("what", [*MISFITS, "a short output", "an output of another dtype", "an output not contiguous"])
+def test_the_operator_in_cpp_refuses_the_same(what: str) -> None:
+    x, rest, _ = MISFITS.get(what, (torch.ones(1, 3, 3, 6), {}, ""))
+    out = {
+        "a short output": torch.ones(1, 1, 1, 19),
+        "an output of another dtype": torch.ones(1, 1, 1, 20).bfloat16(),
+        "an output not contiguous": torch.ones(1, 1, 1, 40)[..., ::2],
+    }.get(what, torch.ones(*x.shape[:-3], 1, 1, 20))
+    bias, residual = rest.get("bias"), rest.get("residual")
+    sizes = ([20, 6, 3, 3], [1, 1], [0, 0], [1, 1], rest.get("activation", "none"))
+    with pytest.raises(RuntimeError, match=r"fxsparse::shuffled_block: expected .*; got x .* and an output "):
+        shuffled_block_into(x, *pack(torch.ones(20, 6, 3, 3)).tensors, bias, residual, *sizes, out)
+
+
+@settings(max_examples=30, deadline=None)
+@given(convolutions(), st.sampled_from(ACTIVATIONS), st.sampled_from([torch.float32, torch.bfloat16]))
+def test_the_operator_in_cpp_gives_what_the_one_in_python_does(
+    case: tuple[Tensor, Tensor, dict[str, tuple[int, int]]], activation: str, dtype: torch.dtype
+) -> None:
+    w, x, geometry = case
+    packed, bias = pack(w), torch.randn(len(w)).to(dtype)
+    x = x.to(dtype)
+    plain = multiply(packed, x, bias, activation=activation, **geometry)
+    y = multiply(packed, x, bias, plain, activation=activation, **geometry)
+    out = torch.full_like(y, torch.nan)
+    sizes = [list(geometry.get(n, d)) for n, d in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1)))]
+    shuffled_block_into(x, *packed.tensors, bias, plain, list(w.shape), *sizes, activation, out)
+    assert torch.equal(out, y)
 
 
 def test_groups_that_leave_out_a_row_with_a_nonzero_are_refused() -> None:

@@ -16,10 +16,11 @@ from torch import Tensor, fx, nn
 
 import fxsparse
 from fxsparse.analysis import axes
-from fxsparse.formats.shuffled_block_op import shuffled_block
+from fxsparse.backend.inductor import _with_memory
+from fxsparse.formats.shuffled_block_op import shuffled_block, shuffled_block_into
 from fxsparse.ir.capture import capture
 from fxsparse.ir.decision import Decision
-from fxsparse.ir.graph import arg, operator_name
+from fxsparse.ir.graph import arg, flat, operator_name
 from fxsparse.ir.masks import Masks
 from fxsparse.passes import STORAGE, Context, canonicalize, fuse_epilogues, run
 from tests.test_shuffled_block import blocks
@@ -349,3 +350,14 @@ def test_float64_has_no_kernel_and_says_so() -> None:
     model = Of(lambda m, x: m["a"](x), a=conv(8, 64)).double()
     report = fxsparse.plan(model, None, (integers(1, 8, 5, 5).double(),))
     assert [d.why for d in report.decisions if d.step == "choose_formats"] == ["the kernel has no float64"]
+
+
+def test_inductor_gives_every_packed_layer_memory_of_its_own_planning() -> None:
+    model = Of(lambda m, x: m["b"](F.relu(m["a"](x))), a=conv(16, 32), b=conv(32, 48))
+    gm, _ = stored(model, integers(2, 16, 9, 9))
+    lowered = _with_memory(flat(gm))
+    targets = [n.target for n in lowered.graph.nodes]
+    assert targets.count(shuffled_block_into) == len(layers(gm)) == 2
+    assert shuffled_block not in targets
+    for x in (integers(2, 16, 9, 9), integers(5, 16, 9, 9)):
+        assert torch.equal(lowered(x)[0], flat(gm)(x)[0])

@@ -14,7 +14,7 @@ from torch import fx
 
 from fxsparse.backend.target import Runnable, Target
 from fxsparse.errors import TargetError
-from fxsparse.ir.graph import flat
+from fxsparse.ir.graph import aten, flat
 from fxsparse.kernels.build import compiler, compilers
 
 
@@ -38,7 +38,7 @@ class Inductor(Target):
     def lower(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Runnable:
         import torch._inductor
 
-        module = flat(gm)
+        module = _with_memory(flat(gm))
         for node in module.graph.nodes:  # symbolic shapes of the capture mean nothing to this trace
             node.meta.pop("val", None)
             node.meta.pop("example_value", None)
@@ -48,7 +48,7 @@ class Inductor(Target):
     def lower_dynamic(self, gm: fx.GraphModule) -> Runnable:
         import torch._inductor
 
-        module = flat(gm)
+        module = _with_memory(flat(gm))
         fake = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
         patches = {"config_patches": _options(gm)}
         with torch.no_grad():
@@ -56,6 +56,34 @@ class Inductor(Target):
                 Runnable,
                 torch._inductor.standalone_compile(module, fake, dynamic_shapes="from_graph", options=patches),
             )
+
+
+def _with_memory(gm: fx.GraphModule) -> fx.GraphModule:
+    """Our operators write into tensors whose memory Inductor plans and reuses.
+
+        y = op(x, ...)  ->  y = new_empty(x, shape); op_into(x, ..., y)
+
+    A result that the operator itself made would be new at every call; above 32 MB, new pages that the system clears.
+    """
+    for node in [n for n in gm.graph.nodes if getattr(n.target, "namespace", "") == "fxsparse"]:
+        into = getattr(torch.ops.fxsparse, f"{node.target._opname}_into", None)
+        if into is not None:
+            with gm.graph.inserting_before(node):
+                y = gm.graph.call_function(aten.new_empty.default, (node.args[0], _sizes(gm, node)))
+                gm.graph.call_function(into.default, (*node.args, y))
+            node.replace_all_uses_with(y)
+            gm.graph.erase_node(node)
+    gm.recompile()
+    return gm
+
+
+def _sizes(gm: fx.GraphModule, node: fx.Node) -> list[Any]:
+    """Of the result; symbolic ones are those of the first argument in the same place."""
+    x = node.args[0]
+    return [
+        size if isinstance(size, int) else gm.graph.call_function(aten.sym_size.int, (x, dim))
+        for dim, size in enumerate(node.meta["val"].shape)
+    ]
 
 
 def _options(gm: fx.GraphModule) -> dict[str, Any]:

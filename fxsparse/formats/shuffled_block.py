@@ -9,9 +9,10 @@ A weight [O, I, kH, kW] is read as O rows of n = kH * kW * I columns, taps outer
     values      float [sum K_g * L_g]  group g is [K_g, L_g]; L_g is R_g rounded up to 16, zeros in the rest
     value_ptr   int64 [G + 1]
 
-Rows that are in no group are zero. Every nonzero of the weight is stored; so are zeros that share its block.
-The groups are found in the zeros alone: rows with equal columns first, then those are merged while that makes the
-stored blocks cheaper. Sources: Chen et al., Coarsening the Granularity (ICML 2022), Regroup; DSB (NeurIPS 2022).
+Every row is in one group; rows without a nonzero share the last, which has no columns. Every nonzero of the weight is
+stored; so are zeros that share its block. The groups are found in the zeros alone: rows with equal columns first, then
+those are merged while that makes the stored blocks cheaper. Sources: Chen et al., Coarsening the Granularity (ICML
+2022), Regroup; DSB (NeurIPS 2022).
 """
 
 from __future__ import annotations
@@ -106,6 +107,8 @@ def pack(weight: Tensor, groups: Sequence[NDArray[np.int64]] | None = None) -> S
         raise InputError("groups of rows", expected="every row with a nonzero in one of them",
                          got=f"{len(left_out)} that are in none, the first is {min(left_out)}",
                          do="Leave groups out to have them found.")  # fmt: skip
+    zero = np.setdiff1d(np.arange(len(flat)), np.concatenate([*groups, np.zeros(0, np.int64)]))
+    groups = [*groups, zero] if len(zero) else groups
     parts = [_pack_group(flat, rows, np.logical_or.reduce(used[rows])) for rows in groups]
     return ShuffledBlock(
         values=torch.cat([p[1].flatten() for p in parts]) if parts else flat.new_zeros(0),
@@ -163,8 +166,8 @@ def _problem(p: ShuffledBlock) -> str:
         return "pointers that end elsewhere than their arrays"
     if not _within(p.columns, int(np.prod(p.shape[1:]))) or not _within(p.rows, p.shape[0]):
         return "a row or column outside of the weight"
-    if len(p.rows.unique()) != len(p.rows):
-        return "a row that is in two groups"
+    if len(p.rows) != p.shape[0] or len(p.rows.unique()) != len(p.rows):
+        return "a row that is in two groups or in none"
     lanes = (p.row_ptr.diff().long() + LANES - 1) // LANES * LANES
     if not torch.equal(p.value_ptr.diff(), p.column_ptr.diff().long() * lanes):
         return "blocks that are not rows x columns"

@@ -29,6 +29,7 @@ from fxsparse.errors import InputError, near
 from fxsparse.formats.format import Format
 from fxsparse.formats.shuffled_block import ShuffledBlock, pack, unpack
 from fxsparse.ir.graph import arg, aten, new_weight
+from fxsparse.kernels.cpu.shuffled_block import register_operator
 from fxsparse.kernels.cpu.shuffled_block import run as run_on_cpu
 from fxsparse.kernels.shared import ACTIVATIONS, epilogue, output_sizes
 from fxsparse.kernels.triton import DTYPES as TRITON_DTYPES
@@ -39,13 +40,16 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 LARGEST_IMAGE = 2**29  # elements: the kernel counts with 32 bits inside an image, padding included
 TO_LAST, TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 _library = torch.library.Library("fxsparse", "FRAGMENT")
-_library.define(
-    "shuffled_block(Tensor x, Tensor values, Tensor value_ptr, Tensor columns, Tensor column_ptr, Tensor rows,"
-    " Tensor row_ptr, Tensor? bias, Tensor? residual, int[] shape, int[2] stride, int[2] padding, int[2] dilation,"
-    " str activation) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+_ARGUMENTS = (
+    "Tensor x, Tensor values, Tensor value_ptr, Tensor columns, Tensor column_ptr, Tensor rows, Tensor row_ptr,"
+    " Tensor? bias, Tensor? residual, int[] shape, int[2] stride, int[2] padding, int[2] dilation, str activation"
 )
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_library.define(f"shuffled_block({_ARGUMENTS}) -> Tensor", tags=_TAGS)
+# The same into memory of the caller's: Inductor plans and reuses that. On a CPU it is called without Python in between.
+_library.define(f"shuffled_block_into({_ARGUMENTS}, Tensor(a!) out) -> ()", tags=_TAGS)
 shuffled_block = torch.ops.fxsparse.shuffled_block.default
+shuffled_block_into = torch.ops.fxsparse.shuffled_block_into.default
 
 
 def multiply(
@@ -115,8 +119,6 @@ def _cpu(x: Tensor, *arguments: Any) -> Tensor:
         return reference(x, *arguments)
     y = x.new_empty(_output_shape(x, shape, stride, padding, dilation))
     _check_epilogue(x, y.shape, bias, residual, activation)
-    if packed[4].shape[0] < shape[0]:
-        y.copy_(epilogue(torch.zeros_like(y), bias, residual, activation))
     if packed[0].dtype != torch.float32:
         packed = (packed[0].float(), *packed[1:])
     x = x.contiguous()
@@ -144,6 +146,15 @@ def _cuda(x: Tensor, *arguments: Any) -> Tensor:
     return shuffled_block_conv2d(x, *packed, bias, residual, activation, out_channels=shape[0], **geometry)
 
 
+def _into(x: Tensor, *arguments: Any) -> None:
+    """Until the kernel in C++ is there; on a CPU this call brings it, and takes it."""
+    if x.device.type == "cpu" and x.dtype in KERNEL_DTYPES:
+        register_operator()
+        shuffled_block_into(x, *arguments)
+    else:
+        arguments[-1].copy_(shuffled_block(x, *arguments[:-1]))
+
+
 def reference(x: Tensor, *arguments: Any) -> Tensor:
     """The same in PyTorch's own operators, on any device and in any dtype."""
     packed, bias, residual = arguments[:6], arguments[6], arguments[7]
@@ -160,7 +171,9 @@ def reference(x: Tensor, *arguments: Any) -> Tensor:
 
 
 torch.library.register_fake("fxsparse::shuffled_block", _fake, lib=_library)
+torch.library.register_fake("fxsparse::shuffled_block_into", lambda *_: None, lib=_library)
 _library.impl("shuffled_block", reference, "CompositeExplicitAutograd")
+_library.impl("shuffled_block_into", _into, "CompositeExplicitAutograd")
 _library.impl("shuffled_block", _cpu, "CPU")
 _library.impl("shuffled_block", _cuda, "CUDA")
 

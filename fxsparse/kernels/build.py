@@ -66,8 +66,22 @@ def digest(name: str) -> str:
 @functools.cache
 def load(name: str, isa: str | None = None) -> ctypes.CDLL:
     """The library made of `cpu/<name>.cpp`, built at the first use. Raises TargetError when it cannot be built."""
+    return _load(name, [*_COMMON, *_ISA[isa or instruction_set()]])
+
+
+@functools.cache
+def load_operators(name: str) -> ctypes.CDLL:
+    """The same for a file that registers operators through torch's stable C++ interface, linked to this torch."""
+    folder = Path(torch.__file__).parent
+    version = f"-DFXSPARSE_TORCH={torch.__version__}"  # another torch is another library
+    link = [f"-L{folder / 'lib'}", f"-Wl,-rpath,{folder / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu"]
+    flags = ["-O2", "-std=c++20", "-shared", "-fPIC", f"-I{folder / 'include'}", version, *link]
+    return _load(name, flags)
+
+
+def _load(name: str, flags: list[str]) -> ctypes.CDLL:
     source = _SOURCES / f"{name}.cpp"
-    command = [*_compiler_or_raise(name), *_COMMON, *_ISA[isa or instruction_set()]]
+    command = [*_compiler_or_raise(name), *flags]
     path = cache_folder() / f"{name}-{_key(source, command)}.so"
     if path.exists():
         try:

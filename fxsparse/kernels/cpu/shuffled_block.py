@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsparse.kernels.build import load
+from fxsparse.kernels.build import load, load_operators
 from fxsparse.kernels.shared import ACTIVATIONS
 
 _NUMBER = {name: i for i, name in enumerate(ACTIVATIONS)}
@@ -31,7 +31,7 @@ def run(
 
     packed    values, value_ptr, columns, column_ptr, rows, row_ptr as fxsparse.formats.shuffled_block describes them
     geometry  kernel, stride, padding, dilation, two ints each
-    bias and residual have the dtype of x. Output channels in no group are not written.
+    bias and residual have the dtype of x.
     """
     values, value_ptr, columns, column_ptr, rows, row_ptr = packed
     kernel, stride, padding, dilation = geometry
@@ -44,6 +44,13 @@ def run(
         column_ptr.data_ptr(), rows.data_ptr(), row_ptr.data_ptr(), bias.data_ptr() if bias is not None else None,
         residual.data_ptr() if residual is not None else None,
     )  # fmt: skip
+
+
+@functools.cache
+def register_operator() -> None:
+    """Give `fxsparse::shuffled_block_into` its kernel for the CPU, called from C++ without Python in between."""
+    kernels = load("shuffled_block")
+    load_operators("shuffled_block_torch").fxsparse_use_kernels(*(kernels[name] for name in _NAMES.values()))
 
 
 @functools.cache
