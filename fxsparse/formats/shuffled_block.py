@@ -6,7 +6,8 @@ A weight [O, I, kH, kW] is read as O rows of n = kH * kW * I columns, taps outer
     row_ptr     int32 [G + 1]          rows[row_ptr[g] : row_ptr[g + 1]] are the R_g rows of group g
     columns     int32 [sum K_g]        kept columns of every group, ascending
     column_ptr  int32 [G + 1]
-    values      float [sum K_g * L_g]  group g is [K_g, L_g]; L_g is R_g rounded up to 16, zeros in the rest
+    values      float [sum K_g * L_g]  group g is [K_g, L_g]; L_g is R_g rounded up to 16, zeros in the rest;
+                                       bfloat16 in pairs of columns, [K_g / 2, L_g, 2], K_g rounded up to be even
     value_ptr   int64 [G + 1]
 
 Every row is in one group; rows without a nonzero share the last, which has no columns. Every nonzero of the weight is
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -126,7 +128,19 @@ def _pack_group(flat: Tensor, rows: NDArray[np.int64], used: NDArray[np.bool_]) 
     columns = torch.from_numpy(used.nonzero()[0])
     values = flat.new_zeros(len(columns), -(-len(rows) // LANES) * LANES)
     values[:, : len(rows)] = flat[torch.from_numpy(rows)][:, columns].t()
-    return columns, values
+    return columns, _paired(values) if values.dtype == torch.bfloat16 else values
+
+
+def _paired(values: Tensor) -> Tensor:
+    """[K, L] as [K / 2, L, 2]: processors multiply two bfloat16 that lie together, and add."""
+    return F.pad(values, (0, 0, 0, len(values) % 2)).unflatten(0, (-1, 2)).transpose(1, 2)
+
+
+def _apart(values: Tensor, columns: int) -> Tensor:
+    """The reverse: a group's values, flat, as [K, L]."""
+    if values.dtype != torch.bfloat16:
+        return values.view(columns, -1)
+    return values.view((columns + 1) // 2, -1, 2).transpose(1, 2).flatten(0, 1)[:columns]
 
 
 def _as_rows(weight: Tensor) -> Tensor:
@@ -147,7 +161,7 @@ def unpack(packed: ShuffledBlock) -> Tensor:
         column = packed.columns[int(packed.column_ptr[g]) : int(packed.column_ptr[g + 1])].long()
         block = packed.values[int(packed.value_ptr[g]) : int(packed.value_ptr[g + 1])]
         if len(column):
-            flat[row[:, None], column[None]] = block.view(len(column), -1)[:, : len(row)].t()
+            flat[row[:, None], column[None]] = _apart(block, len(column))[:, : len(row)].t()
     if len(packed.shape) == 2:
         return flat
     return flat.view(rows, *packed.shape[2:], width).permute(0, 3, 1, 2).contiguous()
@@ -169,7 +183,9 @@ def _problem(p: ShuffledBlock) -> str:
     if len(p.rows) != p.shape[0] or len(p.rows.unique()) != len(p.rows):
         return "a row that is in two groups or in none"
     lanes = (p.row_ptr.diff().long() + LANES - 1) // LANES * LANES
-    if not torch.equal(p.value_ptr.diff(), p.column_ptr.diff().long() * lanes):
+    columns = p.column_ptr.diff().long()
+    columns += columns % 2 if p.values.dtype == torch.bfloat16 else 0
+    if not torch.equal(p.value_ptr.diff(), columns * lanes):
         return "blocks that are not rows x columns"
     inner = torch.ones(max(0, len(p.columns) - 1), dtype=torch.bool, device="cpu")
     starts = p.column_ptr[1:-1].long() - 1

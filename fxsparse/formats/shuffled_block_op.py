@@ -4,8 +4,8 @@
                    shape, stride, padding, dilation, activation) -> act(x * w + bias + residual)
 
 `shape` is the weight's, [O, I, kH, kW] or [O, I]. x is [N, H, W, I] and the result [N, OH, OW, O]; with a 1x1 kernel,
-stride 1 and no padding x may be [..., I]. float32 and bfloat16 on a CPU run the C++ kernel, on CUDA the Triton kernel;
-anything else unpacks the weight and runs dense. It has no gradient. The six arrays are trusted, `ShuffledBlock` checked
+stride 1 and no padding x may be [..., I]. On a CPU x and values both in float32, or both in bfloat16, run the C++ kernel,
+on CUDA values in float32 the Triton kernel; anything else unpacks the weight and runs dense. It has no gradient. The six arrays are trusted, `ShuffledBlock` checked
 them; all else is checked here. `ShuffledBlockFormat` puts it into a graph:
 
     conv2d(x, w, b) -> permute(shuffled_block(contiguous(permute(x)), packed w, b))     channels last inside
@@ -115,12 +115,15 @@ def _cpu(x: Tensor, *arguments: Any) -> Tensor:
     """The C++ kernel. Called once per layer: at batch 1 every microsecond here is seen in the whole network."""
     packed, bias, residual = arguments[:6], arguments[6], arguments[7]
     shape, stride, padding, dilation, activation = arguments[8:]
-    if x.dtype not in KERNEL_DTYPES or not x.numel() or x.shape[1:].numel() > LARGEST_IMAGE:
+    if (
+        x.dtype not in KERNEL_DTYPES
+        or x.dtype != packed[0].dtype
+        or not x.numel()
+        or x.shape[1:].numel() > LARGEST_IMAGE
+    ):
         return reference(x, *arguments)
     y = x.new_empty(_output_shape(x, shape, stride, padding, dilation))
     _check_epilogue(x, y.shape, bias, residual, activation)
-    if packed[0].dtype != torch.float32:
-        packed = (packed[0].float(), *packed[1:])
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
@@ -133,7 +136,7 @@ def _cuda(x: Tensor, *arguments: Any) -> Tensor:
     """The Triton kernel. Not run on a GPU yet: see fxsparse.kernels.triton."""
     (values, value_ptr, columns, column_ptr, rows, row_ptr), bias, residual = arguments[:6], arguments[6], arguments[7]
     shape, stride, padding, dilation, activation = arguments[8:]
-    if x.dtype not in TRITON_DTYPES or not x.numel():
+    if x.dtype not in TRITON_DTYPES or values.dtype == torch.bfloat16 or not x.numel():
         return reference(x, *arguments)
     _check_epilogue(x, _output_shape(x, shape, stride, padding, dilation), bias, residual, activation)
     x = x.contiguous()
@@ -148,7 +151,7 @@ def _cuda(x: Tensor, *arguments: Any) -> Tensor:
 
 def _into(x: Tensor, *arguments: Any) -> None:
     """Until the kernel in C++ is there; on a CPU this call brings it, and takes it."""
-    if x.device.type == "cpu" and x.dtype in KERNEL_DTYPES:
+    if x.device.type == "cpu" and arguments[0].dtype == x.dtype in KERNEL_DTYPES:
         register_operator()
         shuffled_block_into(x, *arguments)
     else:
@@ -204,6 +207,8 @@ class ShuffledBlockFormat(Format):
         is_conv = node.target is aten.conv2d.default
         weight = node.args[1]
         assert isinstance(weight, fx.Node)
+        if weight.meta["val"].device.type == "cuda":  # the Triton kernel takes no pairs
+            packed = pack(unpack(packed).float(), packed.row_groups)
         tensors = [_stored(gm, node, weight, name, packed) for name in packed.names]
         names = ("stride", "padding", "dilation")
         geometry = [pair(arg(node, n)) for n in names] if is_conv else [[1, 1], [0, 0], [1, 1]]
@@ -227,6 +232,4 @@ def pair(value: int | Sequence[int]) -> list[int]:
 
 def _stored(gm: fx.GraphModule, node: fx.Node, weight: fx.Node, name: str, packed: ShuffledBlock) -> fx.Node:
     tensor: Tensor = getattr(packed, name).to(weight.meta["val"].device)
-    if name == "values":  # the kernels multiply in float32, whatever the activations are
-        tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
     return new_weight(gm, node, f"{weight.target}_{name}", tensor)

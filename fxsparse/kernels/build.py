@@ -26,8 +26,10 @@ from fxsparse.ir.files import replacing
 log = logging.getLogger("fxsparse")
 
 _COMMON = ("-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno")
+_AVX512 = ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma")
 _ISA = {
-    "AVX512": ("-mavx512f", "-mavx512vl", "-mavx512bw", "-mavx512dq", "-mavx2", "-mfma"),
+    "AVX512_BF16": (*_AVX512, "-mavx512bf16"),
+    "AVX512": _AVX512,
     "AVX2": ("-mavx2", "-mfma"),
     "DEFAULT": (),
 }
@@ -35,8 +37,10 @@ _SOURCES = Path(__file__).parent / "cpu"
 
 
 def instruction_set() -> str:
-    """The widest vectors of this processor that the kernels are written for: "AVX512", "AVX2" or "DEFAULT"."""
+    """What this processor has of what the kernels are written for: "AVX512_BF16", "AVX512", "AVX2" or "DEFAULT"."""
     capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512" and torch.cpu._is_avx512_bf16_supported():
+        return "AVX512_BF16"
     return capability if capability in _ISA else "DEFAULT"
 
 

@@ -55,6 +55,15 @@ struct BFloat16 {
     uint16_t bits;
 };
 
+// What the tiles read: bfloat16 as it is where the processor multiplies pairs of them, else widened to float.
+#if defined(__AVX512BF16__)
+template <typename T>
+using Read = T;
+#else
+template <typename T>
+using Read = float;
+#endif
+
 inline float widen(float v) { return v; }
 inline float widen(BFloat16 v) {
     uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
@@ -168,6 +177,29 @@ inline void store_some(float* to, Vec v, int64_t n) {
 #endif
 }
 
+#if defined(__AVX512BF16__)
+template <int V, int P>
+inline void put_in_order(Vec (&sum)[P][V], const Sink<BFloat16>& sink) {
+    const BFloat16* from = sink.residual ? sink.residual + sink.rows[0] : nullptr;
+    BFloat16* to = sink.y + sink.rows[0];
+    for (int v = 0; v < V; v++) {
+        const int64_t n = std::min<int64_t>(LANES, sink.lanes - v * LANES), at = v * LANES;
+        if (n <= 0) break;
+        const __mmask16 some = static_cast<__mmask16>((1u << n) - 1);
+        for (int p = 0; p < P; p++) {
+            Vec value = sum[p][v];
+            if (from) {
+                const __m256i bits = _mm256_maskz_loadu_epi16(some, from + p * sink.step + at);
+                value += reinterpret_cast<Vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+            }
+            if (sink.activation != NONE) value = activate(value, sink.activation);
+            const __m256bh narrow = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(value));
+            _mm256_mask_storeu_epi16(to + p * sink.step + at, some, reinterpret_cast<__m256i>(narrow));
+        }
+    }
+}
+#endif
+
 // Lanes that go to channels that follow each other.
 template <int V, int P>
 inline void put_in_order(Vec (&sum)[P][V], const Sink<float>& sink) {
@@ -223,10 +255,52 @@ inline __attribute__((always_inline)) void add_columns(Vec (&sum)[P][V], const f
     }
 }
 
+#if defined(__AVX512BF16__)
+// The same in pairs of columns: w[k] and w[k + 1], k even, lie lane by lane beside each other, and so do, in one register,
+// the two elements of x that they are multiplied by, wherever those come from. Half a pair has a zero beside it.
+template <int V, int P, typename Two>
+inline __attribute__((always_inline)) void add_pair(Vec (&sum)[P][V], const BFloat16* w, const Two& two) {
+    __m512bh weight[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; v++) weight[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w + v * 2 * LANES));
+#pragma GCC unroll 32
+    for (int p = 0; p < P; p++) {
+        const __m512bh at = reinterpret_cast<__m512bh>(two(p));
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++)
+            sum[p][v] = reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum[p][v]), at, weight[v]));
+    }
+}
+
+template <int V, int P>
+inline __attribute__((always_inline)) void add_columns(Vec (&sum)[P][V], const BFloat16* x, int64_t step,
+                                                       const int32_t* offset, int64_t first, int64_t last,
+                                                       const BFloat16* w, int64_t lanes, const Ahead& ahead) {
+    constexpr __mmask32 ODD = 0xAAAAAAAAu;
+    int64_t k = first;
+    if (k % 2 && k < last) {
+        const BFloat16* at = x + offset[k];
+        add_pair<V, P>(sum, w + (k - 1) * lanes, [=](int p) { return _mm512_maskz_set1_epi16(ODD, at[p * step].bits); });
+        k++;
+    }
+    for (; k + 1 < last; k += 2) {
+        const BFloat16 *at = x + offset[k], *other = x + offset[k + 1];
+        __builtin_prefetch(ahead.from + k * ahead.step, 0, 2);
+        add_pair<V, P>(sum, w + k * lanes, [=](int p) {
+            return _mm512_mask_set1_epi16(_mm512_set1_epi16(at[p * step].bits), ODD, other[p * step].bits);
+        });
+    }
+    if (k < last) {
+        const BFloat16* at = x + offset[k];
+        add_pair<V, P>(sum, w + k * lanes, [=](int p) { return _mm512_maskz_set1_epi16(~ODD, at[p * step].bits); });
+    }
+}
+#endif
+
 // All columns, in chains of equal length that are summed up apart: registers first, then their sums.
 template <typename T, int V, int P>
-void tile(const float* x, int64_t step, const int32_t* offset, int64_t columns, const float* w, int64_t lanes,
-          const Ahead& ahead, const Sink<T>& sink) {
+void tile(const Read<T>* x, int64_t step, const int32_t* offset, int64_t from, int64_t to, const Read<T>* w,
+          int64_t lanes, const Ahead& ahead, const Sink<T>& sink) {
     Vec sum[P][V];
 #pragma GCC unroll 32
     for (int p = 0; p < P; p++)
@@ -241,9 +315,9 @@ void tile(const float* x, int64_t step, const int32_t* offset, int64_t columns, 
                 if (sink.residual) __builtin_prefetch(sink.residual + at, 0, 2);
             }
     }
-    const int64_t chains = (columns + CHAIN - 1) / CHAIN;
+    const int64_t columns = to - from, chains = (columns + CHAIN - 1) / CHAIN;
     if (chains <= 1) {
-        add_columns<V, P>(sum, x, step, offset, 0, columns, w, lanes, ahead);
+        add_columns<V, P>(sum, x, step, offset, from, to, w, lanes, ahead);
     } else {
         Vec total[P][V];
         std::memcpy(total, sum, sizeof sum);
@@ -252,22 +326,22 @@ void tile(const float* x, int64_t step, const int32_t* offset, int64_t columns, 
             for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
                 for (int v = 0; v < V; v++) sum[p][v] = Vec{};
-            add_columns<V, P>(sum, x, step, offset, c * columns / chains, (c + 1) * columns / chains, w, lanes,
-                              ahead);
+            add_columns<V, P>(sum, x, step, offset, from + c * columns / chains, from + (c + 1) * columns / chains, w,
+                              lanes, ahead);
 #pragma GCC unroll 32
             for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
                 for (int v = 0; v < V; v++) sum[p][v] = total[p][v] = total[p][v] + sum[p][v];
         }
     }
-    if constexpr (std::is_same_v<T, float>) {
+    if constexpr (std::is_same_v<T, Read<T>>) {
         if (sink.in_order) return put_in_order<V, P>(sum, sink);
     }
     put_lanes<T, V, P>(sum, sink);
 }
 
 template <typename T>
-using Tile = void (*)(const float*, int64_t, const int32_t*, int64_t, const float*, int64_t, const Ahead&,
+using Tile = void (*)(const Read<T>*, int64_t, const int32_t*, int64_t, int64_t, const Read<T>*, int64_t, const Ahead&,
                       const Sink<T>&);
 
 template <typename T, int V, int... P>
@@ -308,7 +382,7 @@ namespace {
 // A rectangle of output pixels whose input is read with constant steps.
 template <typename T>
 struct Field {
-    const float* x;
+    const Read<T>* x;
     int64_t x_line, x_pixel;  // elements from one line, or pixel, to the next
     T* y;
     const T* residual;
@@ -320,10 +394,12 @@ struct Field {
 
 template <typename T>
 struct Convolution {
+    static constexpr int64_t SIZE = sizeof(Read<T>);
+    static constexpr int64_t BESIDE = std::is_same_v<Read<T>, float> ? 1 : 2;  // values of a lane that lie together
     Problem q;
     const T* x;
     T* y;
-    const float* values;
+    const Read<T>* values;  // [K, L] of every group; bfloat16 in pairs, [K / 2, L, 2]
     const int64_t* value_ptr;
     const int32_t *columns, *column_ptr, *rows, *row_ptr;
     const T* bias;
@@ -360,15 +436,15 @@ struct Convolution {
         left = (q.padding_x + q.stride_x - 1) / q.stride_x;
         right = std::min(q.out_width, (q.width + q.padding_x - taps_wide()) / q.stride_x + 1);
         const bool padded = q.padding_y || q.padding_x;
-        const bool small = q.height * q.width * q.channels * 4 <= COPIED_BYTES;
-        copies = !std::is_same_v<T, float> || (padded && (small || right - left < 4));
+        const bool small = q.height * q.width * q.channels * SIZE <= COPIED_BYTES;
+        copies = !std::is_same_v<T, Read<T>> || (padded && (small || right - left < 4));
         const int64_t in_row = (copies ? copy_width() : q.width) * q.channels * q.stride_y;
-        band = std::max<int64_t>(1, BAND_BYTES / 4 / (in_row + q.out_width * q.out_channels));
+        band = std::max<int64_t>(1, BAND_BYTES / SIZE / (in_row + q.out_width * q.out_channels));
         if (copies) band = std::max(band, std::min<int64_t>(q.out_height, q.kernel_height * q.dilation_y));
         bands = (q.out_height + band - 1) / band;
         band = (q.out_height + bands - 1) / bands;
         bands = (q.out_height + band - 1) / band;
-        far_out = pixels_out * q.out_channels * 4 > 4 * COPIED_BYTES;
+        far_out = pixels_out * q.out_channels * SIZE > 4 * COPIED_BYTES;
         const int64_t units = q.images * bands;
         const int64_t wanted = q.threads > 1 ? (4 * q.threads + units - 1) / units : 1;
         parts = std::max<int64_t>(1, std::min(q.groups, wanted));
@@ -402,30 +478,31 @@ struct Convolution {
     }
 
     // Input rows of a band, `wide` pixels of each from column `from_x` on, zeros outside of the image.
-    void copy_band(int64_t image, int64_t first, int64_t rows_out, int64_t from_x, int64_t wide, float* to) const {
+    void copy_band(int64_t image, int64_t first, int64_t rows_out, int64_t from_x, int64_t wide, Read<T>* to) const {
         const int64_t before = std::clamp<int64_t>(-from_x, 0, wide);
         const int64_t end = std::clamp<int64_t>(q.width - from_x, before, wide);
         for (int64_t i = 0; i < input_rows(rows_out); i++, to += wide * q.channels) {
             const int64_t row = first * q.stride_y - q.padding_y + i;
             if (row < 0 || row >= q.height) {
-                std::memset(to, 0, wide * q.channels * sizeof(float));
+                std::memset(to, 0, wide * q.channels * SIZE);
                 continue;
             }
             const int64_t at = (image * q.height + row) * q.width + from_x + before;
             const int64_t kept = std::clamp<int64_t>(pixels_in - at, 0, end - before);  // the last line may be short
-            std::memset(to, 0, before * q.channels * sizeof(float));
+            std::memset(to, 0, before * q.channels * SIZE);
             copy(x + at * q.channels, kept * q.channels, to + before * q.channels);
-            std::memset(to + (before + kept) * q.channels, 0, (wide - before - kept) * q.channels * sizeof(float));
+            std::memset(to + (before + kept) * q.channels, 0, (wide - before - kept) * q.channels * SIZE);
         }
     }
-    static void copy(const float* from, int64_t n, float* to) { std::memcpy(to, from, n * sizeof(float)); }
-    static void copy(const BFloat16* from, int64_t n, float* to) {
+    static void copy(const Read<T>* from, int64_t n, Read<T>* to) { std::memcpy(to, from, n * SIZE); }
+    template <typename From>
+    static void copy(const From* from, int64_t n, float* to) {
         for (int64_t i = 0; i < n; i++) to[i] = widen(from[i]);
     }
 
     // The band as fields: one where the input is copied or not padded; else what lies inside, read in place, and one
     // for the border columns on either side, whose pixels are taken downwards.
-    void lay_out(int64_t image, int64_t first, int64_t rows_out, std::vector<float>& copied,
+    void lay_out(int64_t image, int64_t first, int64_t rows_out, std::vector<Read<T>>& copied,
                  std::vector<Field<T>>& fields) const {
         fields.clear();
         const int64_t at = (image * q.out_height + first) * q.out_width;
@@ -437,20 +514,20 @@ struct Convolution {
             return;
         }
         const int64_t row_step = q.width * q.channels, top = first * q.stride_y - q.padding_y;
-        if constexpr (std::is_same_v<T, float>) {
-            const float* from = x + (image * q.height + top) * row_step + (left * q.stride_x - q.padding_x) * q.channels;
+        if constexpr (std::is_same_v<T, Read<T>>) {
+            const T* from = x + (image * q.height + top) * row_step + (left * q.stride_x - q.padding_x) * q.channels;
             fields.push_back(field(from, row_step, at, rows_out, left, right, first));
         }
         const int64_t strip = input_rows(rows_out) * taps_wide() * q.channels;
         copied.resize((left + q.out_width - right) * strip);
-        float* to = copied.data();
+        Read<T>* to = copied.data();
         for (int64_t ox = 0; ox < left; ox++, to += strip) fields.push_back(border(image, first, rows_out, ox, to));
         for (int64_t ox = right; ox < q.out_width; ox++, to += strip)
             fields.push_back(border(image, first, rows_out, ox, to));
     }
 
     // Output column `ox` of a band, read from a padded copy of the pixels under its taps.
-    Field<T> border(int64_t image, int64_t first, int64_t rows_out, int64_t ox, float* to) const {
+    Field<T> border(int64_t image, int64_t first, int64_t rows_out, int64_t ox, Read<T>* to) const {
         copy_band(image, first, rows_out, ox * q.stride_x - q.padding_x, taps_wide(), to);
         const int64_t at = (image * q.out_height + first) * q.out_width;
         Field<T> f = field(to, taps_wide() * q.channels, at, 1, ox, ox + 1, -1);
@@ -460,7 +537,7 @@ struct Convolution {
         return f;
     }
 
-    Field<T> field(const float* from, int64_t row_step, int64_t at, int64_t lines, int64_t x0, int64_t x1,
+    Field<T> field(const Read<T>* from, int64_t row_step, int64_t at, int64_t lines, int64_t x0, int64_t x1,
                    int64_t first_row) const {
         const int64_t to = (at + x0) * q.out_channels;
         return {from, row_step * q.stride_y, q.channels * q.stride_x, y + to, residual ? residual + to : nullptr,
@@ -496,7 +573,7 @@ struct Convolution {
     }
 
     struct Scratch {
-        std::vector<float> copied;
+        std::vector<Read<T>> copied;
         std::vector<int32_t> offset;
         std::vector<Field<T>> fields;
     };
@@ -506,7 +583,7 @@ struct Convolution {
     void run_field(int64_t part, const Field<T>& f, Scratch& scratch) const {
         locate(part, f.row_step, scratch.offset);
         const int64_t from = part_ptr[part], to = part_ptr[part + 1];
-        if (f.pixels >= LONG_LINE || (value_ptr[to] - value_ptr[from]) * 4 <= WEIGHT_BYTES) {
+        if (f.pixels >= LONG_LINE || (value_ptr[to] - value_ptr[from]) * SIZE <= WEIGHT_BYTES) {
             for (int64_t line = 0; line < f.lines; line++)
                 for (int64_t g = from; g < to; g++) run_group(g, f, line, line + 1, scratch, part);
         } else {
@@ -526,32 +603,32 @@ struct Convolution {
                                in_order[g] != 0, f.y_pixel, static_cast<int>(q.activation), far_out};
             const int64_t lines = last_line - first_line;
             for (int64_t i = 0; i < lines; i++)
-                run_line(g, f, first_line + i, static_cast<int>(wide), values + value_ptr[g] + lane, lanes, offset,
+                run_line(g, f, first_line + i, static_cast<int>(wide), values + value_ptr[g] + lane * BESIDE, lanes, offset,
                          after(g, t * lines + i, tiles * lines), sink);
             v += wide;
         }
     }
 
     // The pixels that the next line is the first to read: scattered reads are no pattern for the hardware's prefetcher.
-    static void prefetch(const float* from, int64_t n) {
-        for (int64_t i = 0; i < n; i += 16) __builtin_prefetch(from + i, 0, 2);
+    static void prefetch(const Read<T>* from, int64_t n) {
+        for (int64_t i = 0; i < n; i += 64 / SIZE) __builtin_prefetch(from + i, 0, 2);
     }
 
     // Share `i` of `n` of the next group's weights: in a network they come from memory, and would keep this core waiting.
     Ahead after(int64_t g, int64_t i, int64_t n) const {
         const int64_t columns_here = std::max<int64_t>(1, column_ptr[g + 1] - column_ptr[g]);
         if (g + 1 == q.groups) return {reinterpret_cast<const char*>(values + value_ptr[g]), 0};
-        const int64_t bytes = (value_ptr[g + 2] - value_ptr[g + 1]) * 4;
+        const int64_t bytes = (value_ptr[g + 2] - value_ptr[g + 1]) * SIZE;
         return {reinterpret_cast<const char*>(values + value_ptr[g + 1]) + bytes * i / n, bytes / n / columns_here};
     }
 
-    void run_line(int64_t g, const Field<T>& f, int64_t line, int wide, const float* w, int64_t lanes,
+    void run_line(int64_t g, const Field<T>& f, int64_t line, int wide, const Read<T>* w, int64_t lanes,
                   const int32_t* offset, const Ahead& ahead, Sink<T> sink) const {
         // Pixels that lie multiples of 4096 bytes apart share their lines of the first-level cache: not more than fit.
-        const int64_t apart = CACHE_BYTES / std::gcd(CACHE_BYTES, f.x_pixel * 4);
+        const int64_t apart = CACHE_BYTES / std::gcd(CACHE_BYTES, f.x_pixel * SIZE);
         const int64_t most = std::min<int64_t>(ACCUMULATORS / wide, (CACHE_WAYS - 1) * apart);
         const int64_t tall = (q.kernel_height - 1) * q.dilation_y * f.row_step;
-        const bool far = !copies && f.pixels > 1 && g == 0 && q.height * q.width * q.channels * 4 > 4 * COPIED_BYTES;
+        const bool far = !copies && f.pixels > 1 && g == 0 && q.height * q.width * q.channels * SIZE > 4 * COPIED_BYTES;
         int64_t from = 0, to = column_ptr[g + 1] - column_ptr[g];
         if (f.first_row >= 0) std::tie(from, to) = inside(g, f.first_row + line);
         const int64_t pixels = std::min(f.pixels, pixels_out - (f.y + line * f.y_line - y) / q.out_channels);
@@ -563,7 +640,7 @@ struct Convolution {
             sink.y = f.y + at;
             sink.residual = f.residual ? f.residual + at : nullptr;
             tile_for<T>(wide, static_cast<int>(here))(f.x + line * f.x_line + first * f.x_pixel, f.x_pixel,
-                                                      offset + from, to - from, w + from * lanes, lanes, ahead, sink);
+                                                      offset, from, to, w, lanes, ahead, sink);
         }
     }
 
@@ -587,7 +664,7 @@ struct Convolution {
 };
 
 template <typename T>
-void run(const Problem* q, const void* x, void* y, const float* values, const int64_t* value_ptr,
+void run(const Problem* q, const void* x, void* y, const Read<T>* values, const int64_t* value_ptr,
          const int32_t* columns, const int32_t* column_ptr, const int32_t* rows, const int32_t* row_ptr,
          const void* bias, const void* residual) {
     Convolution<T> convolution{*q,    static_cast<const T*>(x),    static_cast<T*>(y),
@@ -595,6 +672,18 @@ void run(const Problem* q, const void* x, void* y, const float* values, const in
                                column_ptr, rows,                    row_ptr,
                                static_cast<const T*>(bias), static_cast<const T*>(residual)};
     convolution.run();
+}
+
+// Pairs [K / 2, L, 2] of every group as [K, L], for processors that do not multiply pairs.
+[[maybe_unused]] std::vector<float> apart(const BFloat16* pairs, const int64_t* value_ptr, const int32_t* row_ptr,
+                                          int64_t groups) {
+    std::vector<float> values(value_ptr[groups]);
+    for (int64_t g = 0; g < groups; g++) {
+        const int64_t lanes = (row_ptr[g + 1] - row_ptr[g] + PADDED_TO - 1) / PADDED_TO * PADDED_TO;
+        for (int64_t at = value_ptr[g]; at < value_ptr[g + 1]; at += 2 * lanes)
+            for (int64_t i = 0; i < 2 * lanes; i++) values[at + i % 2 * lanes + i / 2] = widen(pairs[at + i]);
+    }
+    return values;
 }
 
 }  // namespace
@@ -607,9 +696,14 @@ void fxsparse_shuffled_block_f32(const Problem* q, const void* x, void* y, const
     run<float>(q, x, y, values, value_ptr, columns, column_ptr, rows, row_ptr, bias, residual);
 }
 
-void fxsparse_shuffled_block_bf16(const Problem* q, const void* x, void* y, const float* values,
+void fxsparse_shuffled_block_bf16(const Problem* q, const void* x, void* y, const BFloat16* values,
                                   const int64_t* value_ptr, const int32_t* columns, const int32_t* column_ptr,
                                   const int32_t* rows, const int32_t* row_ptr, const void* bias, const void* residual) {
+#if defined(__AVX512BF16__)
     run<BFloat16>(q, x, y, values, value_ptr, columns, column_ptr, rows, row_ptr, bias, residual);
+#else
+    const std::vector<float> wide = apart(values, value_ptr, row_ptr, q->groups);
+    run<BFloat16>(q, x, y, wide.data(), value_ptr, columns, column_ptr, rows, row_ptr, bias, residual);
+#endif
 }
 }

@@ -27,7 +27,7 @@ def run(
     activation: str,
     isa: str | None = None,
 ) -> None:
-    """Write y [N, OH, OW, O] for x [N, H, W, I], both contiguous, float32 or bfloat16; `values` are float32.
+    """Write y [N, OH, OW, O] for x [N, H, W, I], both contiguous; they and `values` all float32 or all bfloat16.
 
     packed    values, value_ptr, columns, column_ptr, rows, row_ptr as fxsparse.formats.shuffled_block describes them
     geometry  kernel, stride, padding, dilation, two ints each

@@ -100,7 +100,7 @@ void shuffled_block_into(Tensor x, Tensor values, Tensor value_ptr, Tensor colum
     const Call call{x, out};
     call.expect(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "float32 or bfloat16");
     call.expect(out.scalar_type() == dtype && out.is_contiguous(), "a contiguous output in the dtype of x");
-    call.expect(values.scalar_type() == ScalarType::Float, "packed values in float32");
+    call.expect(values.scalar_type() == dtype, "packed values in the dtype of x");
     if (!out.numel()) return;
     Problem q = problem(call, shape, stride, padding, dilation);
     if (bias) call.expect(bias->scalar_type() == dtype && bias->numel() == shape[0], "a bias of the output's channels and dtype");
