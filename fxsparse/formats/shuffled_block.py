@@ -133,7 +133,8 @@ def _pack_group(flat: Tensor, rows: NDArray[np.int64], used: NDArray[np.bool_]) 
 
 def _paired(values: Tensor) -> Tensor:
     """[K, L] as [K / 2, L, 2]: processors multiply two bfloat16 that lie together, and add."""
-    return F.pad(values, (0, 0, 0, len(values) % 2)).unflatten(0, (-1, 2)).transpose(1, 2)
+    even: Tensor = F.pad(values, (0, 0, 0, len(values) % 2))
+    return even.view(-1, 2, values.shape[1]).transpose(1, 2)
 
 
 def _apart(values: Tensor, columns: int) -> Tensor:

@@ -4,9 +4,10 @@
                    shape, stride, padding, dilation, activation) -> act(x * w + bias + residual)
 
 `shape` is the weight's, [O, I, kH, kW] or [O, I]. x is [N, H, W, I] and the result [N, OH, OW, O]; with a 1x1 kernel,
-stride 1 and no padding x may be [..., I]. On a CPU x and values both in float32, or both in bfloat16, run the C++ kernel,
-on CUDA values in float32 the Triton kernel; anything else unpacks the weight and runs dense. It has no gradient. The six arrays are trusted, `ShuffledBlock` checked
-them; all else is checked here. `ShuffledBlockFormat` puts it into a graph:
+stride 1 and no padding x may be [..., I]. On a CPU x and values both in float32, or both in bfloat16, run the C++
+kernel, on CUDA values in float32 the Triton kernel; anything else unpacks the weight and runs dense. It has no gradient.
+The six arrays are trusted, `ShuffledBlock` checked them; all else is checked here. `ShuffledBlockFormat` puts it into a
+graph:
 
     conv2d(x, w, b) -> permute(shuffled_block(contiguous(permute(x)), packed w, b))     channels last inside
     linear(x, w, b) -> shuffled_block(contiguous(x), packed w, b)
@@ -115,12 +116,8 @@ def _cpu(x: Tensor, *arguments: Any) -> Tensor:
     """The C++ kernel. Called once per layer: at batch 1 every microsecond here is seen in the whole network."""
     packed, bias, residual = arguments[:6], arguments[6], arguments[7]
     shape, stride, padding, dilation, activation = arguments[8:]
-    if (
-        x.dtype not in KERNEL_DTYPES
-        or x.dtype != packed[0].dtype
-        or not x.numel()
-        or x.shape[1:].numel() > LARGEST_IMAGE
-    ):
+    has_kernel = packed[0].dtype == x.dtype in KERNEL_DTYPES
+    if not has_kernel or not x.numel() or x.shape[1:].numel() > LARGEST_IMAGE:
         return reference(x, *arguments)
     y = x.new_empty(_output_shape(x, shape, stride, padding, dilation))
     _check_epilogue(x, y.shape, bias, residual, activation)
