@@ -5,7 +5,7 @@
 
 `shape` is the weight's, [O, I, kH, kW] or [O, I]. x is [N, H, W, I] and the result [N, OH, OW, O]; with a 1x1 kernel,
 stride 1 and no padding x may be [..., I]. On a CPU x and values both in float32, or both in bfloat16, run the C++
-kernel, on CUDA values in float32 the Triton kernel; anything else unpacks the weight and runs dense. It has no gradient.
+kernel, on CUDA values in float32 the Triton kernel; all else unpacks the weight and runs dense. It has no gradient.
 The six arrays are trusted, `ShuffledBlock` checked them; all else is checked here. `ShuffledBlockFormat` puts it into a
 graph:
 
