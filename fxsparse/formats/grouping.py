@@ -1,7 +1,7 @@
 """Which rows of a sparse weight share a block: found in the zeros alone.
 
-The cost of a group of R rows with K columns is ceil(R / 16) * 16 * (K + 24): lanes are filled up to 16, and starting a
-group is taken to be worth 24 columns. That is a model; what is chosen is timed later. Rows with equal columns always go
+The cost of a group of R rows with K columns is ceil(R / 16) * 16 * (K + 24): lanes are filled up to 16 (to 8, for 8 rows
+and fewer), and starting a group is taken to be worth 24 columns. That is a model; what is chosen is timed later. Rows with equal columns always go
 together. Up to 256 different rows are merged pair by pair while that lowers the cost. More are first gathered greedily:
 a seed, and the rows that share most columns with it.
 """
@@ -24,7 +24,9 @@ Numbers = NDArray[np.int64] | NDArray[np.float32]
 
 def cost(rows: Numbers | int, columns: Numbers | int) -> NDArray[np.int64]:
     """Relative time of groups of `rows` x `columns`."""
-    return np.asarray((np.asarray(rows) + LANES - 1) // LANES * LANES * (np.asarray(columns) + START_COLUMNS))
+    rows = np.asarray(rows)
+    lanes = np.where(rows <= LANES // 2, LANES // 2, (rows + LANES - 1) // LANES * LANES) * (rows > 0)
+    return np.asarray(lanes * (np.asarray(columns) + START_COLUMNS))
 
 
 def group_rows(used: Bits) -> list[Rows]:

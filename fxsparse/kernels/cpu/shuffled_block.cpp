@@ -237,17 +237,28 @@ struct Ahead {
     int64_t step;
 };
 
+// What sums are kept in: whole registers, or half ones for groups of few rows, of which twice as many are added at once.
+template <bool HALF>
+struct Part {
+    typedef Vec Type;
+};
+template <>
+struct Part<true> {
+    typedef float Type __attribute__((vector_size(LANES / 2 * sizeof(float)), aligned(sizeof(float))));
+};
+
 // sum += the columns from `first` to `last`, P pixels x V vectors of rows.
-template <int V, int P>
-inline __attribute__((always_inline)) void add_columns(Vec (&sum)[P][V], const float* x, int64_t step,
-                                                       const int32_t* offset, int64_t first, int64_t last,
+template <bool HALF, int V, int P>
+inline __attribute__((always_inline)) void add_columns(typename Part<HALF>::Type (&sum)[P][V], const float* x,
+                                                       int64_t step, const int32_t* offset, int64_t first, int64_t last,
                                                        const float* w, int64_t lanes, const Ahead& ahead) {
+    typedef typename Part<HALF>::Type Sum;
     for (int64_t k = first; k < last; k++) {
         const float* at = x + offset[k];
         __builtin_prefetch(ahead.from + k * ahead.step, 0, 2);
-        Vec weight[V];
+        Sum weight[V];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) weight[v] = *reinterpret_cast<const Vec*>(w + k * lanes + v * LANES);
+        for (int v = 0; v < V; v++) weight[v] = reinterpret_cast<const Sum*>(w + k * lanes)[v];
 #pragma GCC unroll 32
         for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
@@ -272,7 +283,7 @@ inline __attribute__((always_inline)) void add_pair(Vec (&sum)[P][V], const BFlo
     }
 }
 
-template <int V, int P>
+template <bool HALF, int V, int P>
 inline __attribute__((always_inline)) void add_columns(Vec (&sum)[P][V], const BFloat16* x, int64_t step,
                                                        const int32_t* offset, int64_t first, int64_t last,
                                                        const BFloat16* w, int64_t lanes, const Ahead& ahead) {
@@ -297,15 +308,24 @@ inline __attribute__((always_inline)) void add_columns(Vec (&sum)[P][V], const B
 }
 #endif
 
-// All columns, in chains of equal length that are summed up apart: registers first, then their sums.
 template <typename T, int V, int P>
+inline __attribute__((always_inline)) void put(Vec (&sum)[P][V], const Sink<T>& sink) {
+    if constexpr (std::is_same_v<T, Read<T>>) {
+        if (sink.in_order) return put_in_order<V, P>(sum, sink);
+    }
+    put_lanes<T, V, P>(sum, sink);
+}
+
+// All columns, in chains of equal length that are summed up apart: registers first, then their sums.
+template <typename T, int V, int P, bool HALF = false>
 void tile(const Read<T>* x, int64_t step, const int32_t* offset, int64_t from, int64_t to, const Read<T>* w,
           int64_t lanes, const Ahead& ahead, const Sink<T>& sink) {
-    Vec sum[P][V];
+    typedef typename Part<HALF>::Type Sum;
+    Sum sum[P][V];
 #pragma GCC unroll 32
     for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sum[p][v] = *reinterpret_cast<const Vec*>(sink.bias + v * LANES);
+        for (int v = 0; v < V; v++) sum[p][v] = reinterpret_cast<const Sum*>(sink.bias)[v];
     if (sink.in_order && sink.fetch) {
         const int64_t n = std::min<int64_t>(sink.lanes, V * LANES);
         for (int p = 0; p < P; p++)
@@ -317,16 +337,16 @@ void tile(const Read<T>* x, int64_t step, const int32_t* offset, int64_t from, i
     }
     const int64_t columns = to - from, chains = (columns + CHAIN - 1) / CHAIN;
     if (chains <= 1) {
-        add_columns<V, P>(sum, x, step, offset, from, to, w, lanes, ahead);
+        add_columns<HALF, V, P>(sum, x, step, offset, from, to, w, lanes, ahead);
     } else {
-        Vec total[P][V];
+        Sum total[P][V];
         std::memcpy(total, sum, sizeof sum);
         for (int64_t c = 0; c < chains; c++) {
 #pragma GCC unroll 32
             for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
-                for (int v = 0; v < V; v++) sum[p][v] = Vec{};
-            add_columns<V, P>(sum, x, step, offset, from + c * columns / chains, from + (c + 1) * columns / chains, w,
+                for (int v = 0; v < V; v++) sum[p][v] = Sum{};
+            add_columns<HALF, V, P>(sum, x, step, offset, from + c * columns / chains, from + (c + 1) * columns / chains, w,
                               lanes, ahead);
 #pragma GCC unroll 32
             for (int p = 0; p < P; p++)
@@ -334,10 +354,13 @@ void tile(const Read<T>* x, int64_t step, const int32_t* offset, int64_t from, i
                 for (int v = 0; v < V; v++) sum[p][v] = total[p][v] = total[p][v] + sum[p][v];
         }
     }
-    if constexpr (std::is_same_v<T, Read<T>>) {
-        if (sink.in_order) return put_in_order<V, P>(sum, sink);
+    if constexpr (HALF) {
+        Vec whole[P][V]{};
+        for (int p = 0; p < P; p++) std::memcpy(&whole[p][0], &sum[p][0], sizeof(Sum));
+        put<T, V, P>(whole, sink);
+    } else {
+        put<T, V, P>(sum, sink);
     }
-    put_lanes<T, V, P>(sum, sink);
 }
 
 template <typename T>
@@ -350,8 +373,17 @@ constexpr Tile<T> pick(int pixels, std::integer_sequence<int, P...>) {
     return tiles[pixels - 1];
 }
 
+template <typename T, int... P>
+constexpr Tile<T> pick_half(int pixels, std::integer_sequence<int, P...>) {
+    constexpr Tile<T> tiles[] = {tile<T, 1, P + 1, true>...};
+    return tiles[pixels - 1];
+}
+
+// Of this many vectors of rows, the last of which holds `lanes` rows.
 template <typename T>
-Tile<T> tile_for(int vectors, int pixels) {
+Tile<T> tile_for(int vectors, int pixels, int64_t lanes) {
+    if constexpr (LANES == PADDED_TO && std::is_same_v<Read<T>, float>)
+        if (lanes <= LANES / 2) return pick_half<T>(pixels, std::make_integer_sequence<int, ACCUMULATORS>());
     switch (vectors) {
         case 1: return pick<T, 1>(pixels, std::make_integer_sequence<int, ACCUMULATORS / 1>());
         case 2: return pick<T, 2>(pixels, std::make_integer_sequence<int, ACCUMULATORS / 2>());
@@ -639,7 +671,7 @@ struct Convolution {
             if (far) prefetch(f.x + (line + 1) * f.x_line + first * f.x_pixel + tall, here * q.channels);
             sink.y = f.y + at;
             sink.residual = f.residual ? f.residual + at : nullptr;
-            tile_for<T>(wide, static_cast<int>(here))(f.x + line * f.x_line + first * f.x_pixel, f.x_pixel,
+            tile_for<T>(wide, static_cast<int>(here), sink.lanes)(f.x + line * f.x_line + first * f.x_pixel, f.x_pixel,
                                                       offset, from, to, w, lanes, ahead, sink);
         }
     }
