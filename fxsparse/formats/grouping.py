@@ -1,9 +1,9 @@
 """Which rows of a sparse weight share a block: found in the zeros alone.
 
 The cost of a group of R rows with K columns is ceil(R / 16) * 16 * (K + 24): lanes are filled up to 16, or to 8 for a
-group of at most 8 rows, and starting a group is taken to be worth 24 columns. That is a model; what is chosen is timed
-later. Rows with equal columns always go together. Up to 256 different rows are merged pair by pair while that lowers the
-cost. More are first gathered greedily: a seed, and the rows that share most columns with it.
+group of at most 8 rows, and starting a group is taken to be worth 24 columns. That is a model; what is chosen is timed.
+Rows with equal columns always go together. Up to 256 different rows are merged pair by pair while that lowers the cost.
+More are first gathered greedily: a seed, and the rows that share most columns with it.
 """
 
 from __future__ import annotations
