@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import fxsparse
-from fxsparse import load
+from fxsparse import named
 from fxsparse.backend import TARGETS
 from fxsparse.coarsen import Coarsened, partition, refill, refill_plus, regroup, shuffled_block
 from fxsparse.coarsen.page import page
@@ -36,7 +36,7 @@ examples:
   fxsparse demo --quick
 """
 _MODEL = f"""\
-{load.MODEL_FORMS}. A callable takes no arguments; modules are looked for in the current directory first. Without
+{named.MODEL_FORMS}. A callable takes no arguments; modules are looked for in the current directory first. Without
 --masks, the zeros in the weights are the masks."""
 
 
@@ -133,12 +133,12 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--masks", metavar="FILE", help=".safetensors file, one mask per parameter name, 1 = kept")
     parser.add_argument("--weights", metavar="FILE", help="state dict, .safetensors or .pt (default: random weights)")
     parser.add_argument(
-        "--input", metavar="SHAPE", dest="shapes", type=load.parse_shape, action="append", default=[],
+        "--input", metavar="SHAPE", dest="shapes", type=named.parse_shape, action="append", default=[],
         help="shape of an input, such as 1,3,224,224; once for each argument of the model",
     )  # fmt: skip
     parser.add_argument(
-        "--dtype", metavar="NAME", type=load.parse_dtype, default=torch.float32,
-        help=f"of weights and inputs: {', '.join(load.DTYPES)} (default: float32)",
+        "--dtype", metavar="NAME", type=named.parse_dtype, default=torch.float32,
+        help=f"of weights and inputs: {', '.join(named.DTYPES)} (default: float32)",
     )  # fmt: skip
     parser.add_argument(
         "--target",
@@ -191,9 +191,9 @@ def _coarsen(arguments: argparse.Namespace) -> None:
             do=near(arguments.method, _METHODS) or "--method partition keeps the most of the weights.",
         )
     with progress():
-        model = load.load_model(arguments.model)
+        model = named.load_model(arguments.model)
         if arguments.weights is not None:
-            load.load_weights(model, arguments.weights)
+            named.load_weights(model, arguments.weights)
         masks = fxsparse.Masks.load(arguments.masks) if arguments.masks else fxsparse.Masks.from_zeros(model)
         masks = masks.check(model)
         found = method(dict(model.named_parameters()), masks, **_rows_of_a_group(arguments))
@@ -239,10 +239,10 @@ def _load(arguments: argparse.Namespace) -> tuple[nn.Module, fxsparse.Masks | No
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     masks = None if arguments.masks is None else fxsparse.Masks.load(arguments.masks)
-    model = load.load_model(arguments.model)
+    model = named.load_model(arguments.model)
     if arguments.weights is not None:
-        load.load_weights(model, arguments.weights)
-    return model.to(arguments.dtype), masks, load.random_inputs(arguments.shapes, arguments.dtype)
+        named.load_weights(model, arguments.weights)
+    return model.to(arguments.dtype), masks, named.random_inputs(arguments.shapes, arguments.dtype)
 
 
 def _write_text(path: Path, text: str) -> None:

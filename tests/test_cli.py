@@ -15,7 +15,7 @@ from torch import nn
 
 import fxsparse
 import fxsparse.coarsen
-from fxsparse import cli, load
+from fxsparse import cli, named
 from fxsparse.errors import TargetError, VerificationError
 from fxsparse.progress import progress
 from fxsparse.report import Report, Timing
@@ -169,14 +169,14 @@ def test_a_module_made_already_is_a_model_too(nets: Path, calls: list[dict[str, 
 
 def test_the_models_of_the_checkout_are_found_from_its_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[1])
-    assert isinstance(load.load_model("models:vgg16_cifar"), nn.Module)
+    assert isinstance(named.load_model("models:vgg16_cifar"), nn.Module)
 
 
 def test_models_of_torchvision_are_built_without_any_download(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchvision")
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: pytest.fail("it downloads"))
     for name in ("squeezenet1_1", "lraspp_mobilenet_v3_large"):
-        assert not load.load_model(f"torchvision:{name}").training
+        assert not named.load_model(f"torchvision:{name}").training
 
 
 def test_unknown_model_of_torchvision_names_its_neighbors(refused: Callable[..., str]) -> None:

@@ -43,14 +43,14 @@ class Inductor(Target):
             node.meta.pop("val", None)
             node.meta.pop("example_value", None)
         with torch.no_grad():
-            return cast(Runnable, torch._inductor.compile(module, list(inputs), options=_options(gm)))
+            return cast(Runnable, torch._inductor.compile(module, list(inputs), options=options(gm)))
 
     def lower_dynamic(self, gm: fx.GraphModule) -> Runnable:
         import torch._inductor
 
         module = flat(gm)
         fake = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
-        patches = {"config_patches": _options(gm)}
+        patches = {"config_patches": options(gm)}
         with torch.no_grad():
             return cast(
                 Runnable,
@@ -58,6 +58,6 @@ class Inductor(Target):
             )
 
 
-def _options(gm: fx.GraphModule) -> dict[str, Any]:
+def options(gm: fx.GraphModule) -> dict[str, Any]:
     """Freezing, except in float64: it packs convolution weights for oneDNN, which has no float64."""
     return {"freezing": not any(b.dtype == torch.float64 for b in gm.buffers())}
