@@ -13,6 +13,7 @@ headers that promise more than the file holds.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -47,7 +48,13 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any], tensors: Map
     }  # fmt: skip
     metadata["sha256"] = _whole(metadata)
     with replacing(path) as name:
-        save_file(stored, name, metadata)
+        try:
+            name.touch()
+            mode = name.stat().st_mode  # save_file makes a file that only its owner can read
+            save_file(stored, name, metadata)
+            name.chmod(mode)
+        except SafetensorError as error:
+            raise OSError(errno.EIO, str(error)) from None
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor], Mapping[str, str]]:

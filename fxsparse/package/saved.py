@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from fxsparse.errors import PackageError
+from fxsparse.ir.inputs import LAYOUTS
 from fxsparse.ir.masks import Masks
 from fxsparse.package import container
 from fxsparse.package.graph import decode_graph, encode_graph, unreadable
@@ -73,6 +74,7 @@ def read(path: str | os.PathLike[str], *, native: bool) -> Saved:
         example = [_decode_input(x) for x in content["example"]]
         report = Report.from_dict(content["report"], _masks(content["masks"], tensors))
         plain = {name: content[name] for name in _PLAIN}
+        LAYOUTS[plain["layout"]]
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise unreadable(f"{type(error).__name__}: {str(error)[:200]}") from None
     if len(example) != sum(node.op == "placeholder" for node in gm.graph.nodes):
