@@ -68,7 +68,7 @@ def contest(
     faster = ratios[len(ratios) // 2] >= 1.0
     won = ours if faster else builds[best]
     return Contest(
-        won.gm, won.run, won.prepare, won.target, "sparse" if faster else "dense", _timings(runs), runs.median(best),
+        won.gm, won.run, won.prepare, won.target, "sparse" if faster else "dense", timings(runs), runs.median(best),
         runs.median(ours.name), (ratios[len(ratios) // 5], ratios[len(ratios) * 4 // 5]),
     )  # fmt: skip
 
@@ -97,7 +97,8 @@ def _call(build: _Build, inputs: Sequence[Any]) -> Callable[[], object]:
     return run
 
 
-def _timings(runs: Runs) -> tuple[Timing, ...]:
+def timings(runs: Runs) -> tuple[Timing, ...]:
+    """A row for each build that was timed."""
     return tuple(
         Timing(name, runs.median(name), runs.quantile(name, 0.2), runs.quantile(name, 0.8), len(ms))
         for name, ms in runs.ms.items()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxsparse.backend import find_target
@@ -41,18 +41,17 @@ def load(path: str | os.PathLike[str], *, target: str | None = None, native: boo
     any_target = find_target(target or saved.target)
     own = any_target if target else find_target(saved.lowered_by)
     prepare = LAYOUTS[saved.layout]
-    signature = saved.gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
-    inputs = prepare(saved.example)
-    run = (native and _native(saved)) or _Lazily(lambda: own.lower(saved.gm, inputs), f"lower ({own.name})")
-    build = Build(
+    inputs, signature = prepare(saved.example), saved.gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    run = (native and _native(saved)) or _Lazily(lambda: own.lower(_shaped(saved), inputs), f"lower ({own.name})")
+    what = f"lower ({any_target.name}, any batch size)"
+    return SparseModule.of(Build(
         saved.gm, saved.example, signature.in_spec.children()[0], signature.out_spec, any_target, run, saved.report,
-        saved.dynamic_batch, prepare, lowered_by=own,
-    )  # fmt: skip
-    build.any_batch = _Lazily(
-        lambda: any_target.lower_dynamic(propagate(saved.gm, saved.example)),
-        f"lower ({any_target.name}, any batch size)",
-    )
-    return SparseModule.of(build)
+        saved.dynamic_batch, prepare, _Lazily(lambda: any_target.lower_dynamic(_shaped(saved)), what), own,
+    ))  # fmt: skip
+
+
+def _shaped(saved: Saved) -> fx.GraphModule:
+    return propagate(saved.gm, saved.example, dynamic_batch=saved.dynamic_batch)
 
 
 class _Lazily:

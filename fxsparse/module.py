@@ -100,6 +100,13 @@ class SparseModule(nn.Module):
     def graph_module(self) -> fx.GraphModule:
         return self._built("graph_module").gm
 
+    @property
+    def example_inputs(self) -> tuple[Any, ...]:
+        """Inputs that it was compiled for; zeros of those shapes in a module that was loaded."""
+        build = self._built("example_inputs")
+        inputs: tuple[Any, ...] = pytree.tree_unflatten(build.example, build.in_spec)
+        return inputs
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The masked model's outputs, in its own structure."""
         if kwargs:

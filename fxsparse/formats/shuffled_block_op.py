@@ -212,7 +212,8 @@ class ShuffledBlockFormat(Format):
             raise _misfit("the geometry", "a weight of two or four dimensions and pairs of sizes", f"{shape}, {pairs}")
         if activation not in ACTIVATIONS:
             raise _misfit("the activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
-        ShuffledBlock(*arrays, tuple(shape))
+        values, value_ptr, columns, column_ptr, rows, row_ptr = arrays
+        ShuffledBlock(values, value_ptr, columns, column_ptr, rows, row_ptr, tuple(shape))
 
 
 def channels_last(gm: fx.GraphModule, x: fx.Node, is_conv: bool) -> fx.Node:

@@ -12,27 +12,27 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fxsparse.ir.graph import refresh
 
 
-def propagate(gm: fx.GraphModule, example: Sequence[Any]) -> fx.GraphModule:
-    """`gm` with `meta["val"]` on every node, as capture leaves it: dimension 0 of all inputs is one symbol."""
+def propagate(gm: fx.GraphModule, example: Sequence[Any], *, dynamic_batch: bool) -> fx.GraphModule:
+    """`gm` with `meta["val"]` on every node, as capture leaves it: with `dynamic_batch` dimension 0 is one symbol."""
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # here and below: they load half of the compiler
 
     mode = FakeTensorMode(shape_env=ShapeEnv())
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
     for node, x in zip(inputs, example, strict=True):
-        node.meta["val"] = _fake(mode, node.name, x) if isinstance(x, Tensor) else x
+        node.meta["val"] = _fake(mode, node.name, x, dynamic_batch) if isinstance(x, Tensor) else x
     refresh(gm)
     return gm
 
 
-def _fake(mode: FakeTensorMode, name: str, x: Tensor) -> Tensor:
+def _fake(mode: FakeTensorMode, name: str, x: Tensor, dynamic_batch: bool) -> Tensor:
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
-    if not x.dim():
+    if not x.dim() or not dynamic_batch:
         return mode.from_tensor(x, static_shapes=True)
     if x.shape[0] == 1:  # a size of 1 is always taken for a constant
         x = torch.cat([x, x])
     # DUCK: equal sizes are one symbol
     sizes = [DimDynamic.DUCK] + [DimDynamic.STATIC] * (x.dim() - 1)
-    context = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=[None] * x.dim())
+    context: Any = StatelessSymbolicContext(dynamic_sizes=sizes, constraint_sizes=[None] * x.dim())
     return mode.from_tensor(x, source=ConstantSource(name), symbolic_context=context)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,10 +41,15 @@ def compile_aoti(
         for x in pytree.tree_leaves(args):
             if isinstance(x, Tensor) and x.dim():
                 shapes[x] = {0: batch}
-    with torch.no_grad(), replacing(path) as name:
+    # compiled in a folder of its own: the archive's folder gets the file's name
+    with torch.no_grad(), replacing(path) as name, tempfile.TemporaryDirectory() as folder:
+        name.touch()  # found out before the minutes of work rather than after
         program = torch.export.export(gm, args, dynamic_shapes=shapes, strict=False)
         configs = {**options(gm), "aot_inductor.metadata": metadata or {}}
-        torch._inductor.aoti_compile_and_package(program, package_path=str(name), inductor_configs=configs)
+        made = str(Path(folder) / "model.pt2")
+        shutil.copyfile(
+            torch._inductor.aoti_compile_and_package(program, package_path=made, inductor_configs=configs), name
+        )
 
 
 def _two_or_more(x: Any) -> Any:

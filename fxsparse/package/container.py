@@ -20,7 +20,7 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -115,7 +115,7 @@ def _check_metadata(where: str, metadata: Mapping[str, str]) -> None:
 def _digest(tensor: Tensor) -> str:
     found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
     if tensor.numel():
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        found.update(cast(Any, tensor.reshape(-1).view(torch.uint8).numpy()))
     return found.hexdigest()
 
 

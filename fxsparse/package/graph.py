@@ -80,14 +80,18 @@ def _encode_weights(gm: fx.GraphModule) -> tuple[Json, dict[str, Tensor]]:
         if node.op == "get_attr" and node.target not in weights:
             tensor = get_tensor(gm, node.target)
             key = (tensor.data_ptr() or node.target, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
-            name, order = stored.setdefault(key, f"weight:{node.target}"), _order(tensor)
+            name, order = stored.setdefault(key, f"weight:{node.target}"), dimension_order(tensor)
             tensors[name] = tensor.permute(order)
             weights[node.target] = [name, order, str(tensor.device)]
     return weights, tensors
 
 
-def _order(tensor: Tensor) -> list[int]:
-    order = sorted(range(tensor.dim()), key=lambda d: -tensor.stride(d))
+def dimension_order(tensor: Tensor) -> list[int]:
+    """Dimensions from the outermost in memory to the innermost; as they are where no order makes it contiguous."""
+    if tensor.is_contiguous():
+        return list(range(tensor.dim()))
+    stride = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda d: -stride[d])
     return order if tensor.permute(order).is_contiguous() else list(range(tensor.dim()))
 
 
@@ -124,7 +128,7 @@ def _operator(name: str) -> Callable[..., Any]:
         else:
             target = getattr(getattr(getattr(torch.ops, space), base, None), overload or "default", None)
         if target is not None and (space == "python" or _functional(target, space, base)):
-            return cast(Callable[..., Any], target)
+            return target
     got = f"{name!r}, which this installation lacks or refuses" if len(name) < 100 else "a long name"
     raise PackageError("operator in a package", expected="functional ATen, or the operator of a format", got=got,
                        do=f"torch here is {torch.__version__}; the package says which one wrote it.")  # fmt: skip
@@ -179,7 +183,7 @@ def _decode_node(graph: fx.Graph, root: nn.Module, item: Json, nodes: list[fx.No
     kind, *rest = item
     if kind == "output":
         (value,) = decode(rest[0], nodes)
-        return graph.output(value)
+        return cast(fx.Node, graph.output(value))
     if kind == "call":
         return _decode_call(graph, root, rest, nodes)
     name, target = rest

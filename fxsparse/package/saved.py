@@ -15,7 +15,7 @@ from fxsparse.errors import PackageError
 from fxsparse.ir.inputs import LAYOUTS
 from fxsparse.ir.masks import Masks
 from fxsparse.package import container
-from fxsparse.package.graph import decode_graph, encode_graph, unreadable
+from fxsparse.package.graph import decode_graph, dimension_order, encode_graph, unreadable
 from fxsparse.package.values import Json, decode, encode
 from fxsparse.report import Report
 
@@ -48,7 +48,7 @@ class Saved:
 def write(saved: Saved, path: str | os.PathLike[str], writer: str) -> None:
     """Write a package, whole or not at all. Raises InputError for a graph that is not data."""
     graph, tensors = encode_graph(saved.gm)
-    masks = saved.report.masks or {}
+    masks: Mapping[str, Tensor] = saved.report.masks or {}
     content = {
         "graph": graph,
         "example": [_encode_input(x) for x in saved.example],
@@ -89,8 +89,8 @@ def _bytes(code: Tensor | None) -> bytes | None:
 def _encode_input(x: Any) -> Json:
     if not isinstance(x, Tensor):
         return {"value": encode(x, lambda node: 0)}
-    order = sorted(range(x.dim()), key=lambda d: -x.stride(d)) if not x.is_contiguous() else list(range(x.dim()))
-    return {"shape": list(x.shape), "dtype": encode(x.dtype, lambda node: 0), "device": str(x.device), "order": order}
+    kind = {"shape": list(x.shape), "dtype": encode(x.dtype, lambda node: 0), "device": str(x.device)}
+    return {**kind, "order": dimension_order(x)}
 
 
 def _decode_input(x: Json) -> Any:
