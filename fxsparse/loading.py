@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxsparse.backend import find_target
+from fxsparse.backend import Target, find_target
 from fxsparse.backend.target import Runnable
 from fxsparse.ir.inputs import LAYOUTS
 from fxsparse.ir.shapes import propagate
@@ -42,16 +42,16 @@ def load(path: str | os.PathLike[str], *, target: str | None = None, native: boo
     own = any_target if target else find_target(saved.lowered_by)
     prepare = LAYOUTS[saved.layout]
     inputs, signature = prepare(saved.example), saved.gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
-    run = (native and _native(saved)) or _Lazily(lambda: own.lower(_shaped(saved), inputs), f"lower ({own.name})")
+    run = (native and _native(saved)) or _Lazily(lambda: own.lower(_shaped(saved, own), inputs), f"lower ({own.name})")
     what = f"lower ({any_target.name}, any batch size)"
     return SparseModule.of(Build(
         saved.gm, saved.example, signature.in_spec.children()[0], signature.out_spec, any_target, run, saved.report,
-        saved.dynamic_batch, prepare, _Lazily(lambda: any_target.lower_dynamic(_shaped(saved)), what), own,
+        saved.dynamic_batch, prepare, _Lazily(lambda: any_target.lower_dynamic(_shaped(saved, any_target)), what), own,
     ))  # fmt: skip
 
 
-def _shaped(saved: Saved) -> fx.GraphModule:
-    return propagate(saved.gm, saved.example, dynamic_batch=saved.dynamic_batch)
+def _shaped(saved: Saved, target: Target) -> fx.GraphModule:
+    return propagate(saved.gm, saved.example, dynamic_batch=saved.dynamic_batch) if target.reads_shapes else saved.gm
 
 
 class _Lazily:

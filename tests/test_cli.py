@@ -376,7 +376,7 @@ def test_help_tells_every_option(command: str, capsys: pytest.CaptureFixture[str
     assert exit.value.code == 0
     out = capsys.readouterr().out
     assert out.startswith(f"usage: fxsparse {command}")
-    assert ("--out" in out) == (command == "demo")
+    assert ("--out" in out) == (command in ("compile", "demo"))
 
 
 def test_version_names_torchs_too(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,16 +12,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxsparse.ir.graph import refresh
 
+_ONE_THREAD = threading.Lock()
+
 
 def propagate(gm: fx.GraphModule, example: Sequence[Any], *, dynamic_batch: bool) -> fx.GraphModule:
-    """`gm` with `meta["val"]` on every node, as capture leaves it: with `dynamic_batch` dimension 0 is one symbol."""
+    """`gm` with `meta["val"]` on every node, as capture leaves it: with `dynamic_batch` dimension 0 is one symbol.
+
+    A graph that has them is left as it is.
+    """
     from torch.fx.experimental.symbolic_shapes import ShapeEnv  # here and below: they load half of the compiler
 
-    mode = FakeTensorMode(shape_env=ShapeEnv())
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    for node, x in zip(inputs, example, strict=True):
-        node.meta["val"] = _fake(mode, node.name, x, dynamic_batch) if isinstance(x, Tensor) else x
-    refresh(gm)
+    with _ONE_THREAD:
+        if all("val" in node.meta for node in inputs):
+            return gm
+        mode = FakeTensorMode(shape_env=ShapeEnv())
+        for node, x in zip(inputs, example, strict=True):
+            node.meta["val"] = _fake(mode, node.name, x, dynamic_batch) if isinstance(x, Tensor) else x
+        refresh(gm)
     return gm
 
 
