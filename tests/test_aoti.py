@@ -60,7 +60,7 @@ def test_one_library_takes_any_batch_size_and_the_user_s_own_structure_in_a_new_
 
 def test_another_suffix_is_refused(tmp_path: Path) -> None:
     module = compiled(Net(), torch.randn(1, 2, 8, 8))
-    with pytest.raises(InputError, match="expected a name that ends in .pt2"):
+    with pytest.raises(InputError, match="expected a name that ends in"):
         module.save_aoti(tmp_path / "m.so")
     with pytest.raises(InputError, match="expected a path that can be written"):
         module.save_aoti("/proc/m.pt2")
