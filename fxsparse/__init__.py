@@ -5,12 +5,22 @@ measured; `plan(model, masks, (x,))` is the dry run: what would go, what would n
 """
 
 from fxsparse.compiler import compile, plan
-from fxsparse.errors import CaptureError, FxSparseError, InputError, MaskError, TargetError, VerificationError
+from fxsparse.errors import (
+    CaptureError,
+    FxSparseError,
+    InputError,
+    MaskError,
+    PackageError,
+    TargetError,
+    VerificationError,
+)
 from fxsparse.ir.masks import Masks
+from fxsparse.ir.version import VERSION
+from fxsparse.loading import load
 from fxsparse.module import SparseModule
 from fxsparse.report import Report
 
-__version__ = "0.1.0"
+__version__ = VERSION
 
 __all__ = [
     "CaptureError",
@@ -18,10 +28,12 @@ __all__ = [
     "InputError",
     "MaskError",
     "Masks",
+    "PackageError",
     "Report",
     "SparseModule",
     "TargetError",
     "VerificationError",
     "compile",
+    "load",
     "plan",
 ]

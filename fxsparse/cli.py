@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 import fxsparse
-from fxsparse import load
+from fxsparse import named
 from fxsparse.backend import TARGETS
 from fxsparse.coarsen import Coarsened, partition, refill, refill_plus, regroup, shuffled_block
 from fxsparse.coarsen.page import page
+from fxsparse.contest import timings
 from fxsparse.errors import FxSparseError, InputError, VerificationError, near
 from fxsparse.ir.files import replacing
+from fxsparse.measure import interleave
 from fxsparse.picture import data_uri, picture
 from fxsparse.progress import progress
 
@@ -31,12 +33,14 @@ _EXAMPLES = """\
 examples:
   fxsparse plan torchvision:resnet18 --masks masks.safetensors --input 1,3,224,224
   fxsparse compile models:vgg16_cifar --weights trained.pt --input 1,3,32,32 --html report.html
+  fxsparse compile torchvision:resnet18 --masks masks.safetensors --input 1,3,224,224 --out fast.fxsparse
+  fxsparse bench fast.fxsparse
   fxsparse bench my_package.nets:small --input 8,3,64,64 --threads 1 >> rows.jsonl
   fxsparse coarsen torchvision:resnet18 --masks masks.safetensors --method partition --out coarse.safetensors
   fxsparse demo --quick
 """
 _MODEL = f"""\
-{load.MODEL_FORMS}. A callable takes no arguments; modules are looked for in the current directory first. Without
+{named.MODEL_FORMS}. A callable takes no arguments; modules are looked for in the current directory first. Without
 --masks, the zeros in the weights are the masks."""
 
 
@@ -99,6 +103,13 @@ def _parser() -> argparse.ArgumentParser:
             "--verify", metavar="WHEN", default="end",
             help="compare with the masked model at the end, after each pass, or off (default: end)",
         )  # fmt: skip
+    compiling.add_argument("--out", metavar="FILE", type=_output_file, help="save the result, for fxsparse.load")
+    compiling.add_argument("--aoti", metavar="FILE", type=_pt2_file, help="compile it into a .pt2 with AOTInductor")
+    for each in (compiling, timing):
+        each.add_argument(
+            "--native", action="store_true",
+            help="save compiled code in the package too; for bench, run it: only for a package that you trust",
+        )  # fmt: skip
     compiling.add_argument("--no-measure", action="store_true", help="build without timing it against the dense builds")
 
     coarsening = command(
@@ -133,12 +144,12 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--masks", metavar="FILE", help=".safetensors file, one mask per parameter name, 1 = kept")
     parser.add_argument("--weights", metavar="FILE", help="state dict, .safetensors or .pt (default: random weights)")
     parser.add_argument(
-        "--input", metavar="SHAPE", dest="shapes", type=load.parse_shape, action="append", default=[],
+        "--input", metavar="SHAPE", dest="shapes", type=named.parse_shape, action="append", default=[],
         help="shape of an input, such as 1,3,224,224; once for each argument of the model",
     )  # fmt: skip
     parser.add_argument(
-        "--dtype", metavar="NAME", type=load.parse_dtype, default=torch.float32,
-        help=f"of weights and inputs: {', '.join(load.DTYPES)} (default: float32)",
+        "--dtype", metavar="NAME", type=named.parse_dtype, default=torch.float32,
+        help=f"of weights and inputs: {', '.join(named.DTYPES)} (default: float32)",
     )  # fmt: skip
     parser.add_argument(
         "--target",
@@ -159,11 +170,23 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _compile(arguments: argparse.Namespace) -> None:
-    _write(_build(arguments, measure=not arguments.no_measure), arguments)
+    if arguments.native and arguments.out is None:
+        raise InputError("--native", expected="--out FILE with it", got="no package to put the code in",
+                         do="Add --out fast.fxsparse, or leave --native out.")  # fmt: skip
+    module = _build(arguments, measure=not arguments.no_measure)
+    _write(module.report, arguments)
+    with progress():
+        if arguments.out is not None:
+            module.save(arguments.out, native=arguments.native)
+        if arguments.aoti is not None:
+            module.save_aoti(arguments.aoti)
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    report = _build(arguments, measure=True)
+    if Path(arguments.model).is_file():
+        _bench_package(arguments)
+        return
+    report = _build(arguments, measure=True).report
     common = {
         "model": arguments.model,
         "inputs": [list(shape) for shape in arguments.shapes],
@@ -173,6 +196,20 @@ def _bench(arguments: argparse.Namespace) -> None:
     after = {"speedup": report.speedup, "environment": dict(report.environment)}
     for timing in report.timings:
         print(json.dumps({**common, **dataclasses.asdict(timing), **after}))
+
+
+def _bench_package(arguments: argparse.Namespace) -> None:
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    with progress():
+        module = fxsparse.load(arguments.model, native=arguments.native)
+        inputs = module.example_inputs
+        runs = interleave({"package": lambda: module(*inputs)})
+    (timing,) = timings(runs)
+    environment = {key: value for key, value in module.report.environment.items() if key == "inputs"}
+    print(
+        json.dumps({"model": arguments.model, **environment, **dataclasses.asdict(timing), "torch": torch.__version__})
+    )
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -191,9 +228,9 @@ def _coarsen(arguments: argparse.Namespace) -> None:
             do=near(arguments.method, _METHODS) or "--method partition keeps the most of the weights.",
         )
     with progress():
-        model = load.load_model(arguments.model)
+        model = named.load_model(arguments.model)
         if arguments.weights is not None:
-            load.load_weights(model, arguments.weights)
+            named.load_weights(model, arguments.weights)
         masks = fxsparse.Masks.load(arguments.masks) if arguments.masks else fxsparse.Masks.from_zeros(model)
         masks = masks.check(model)
         found = method(dict(model.named_parameters()), masks, **_rows_of_a_group(arguments))
@@ -220,12 +257,12 @@ def _draw(mask: Tensor) -> str:
     return data_uri(picture(mask))
 
 
-def _build(arguments: argparse.Namespace, measure: bool) -> fxsparse.Report:
+def _build(arguments: argparse.Namespace, measure: bool) -> fxsparse.SparseModule:
     with progress():
         model, masks, inputs = _load(arguments)
         return fxsparse.compile(
             model, masks, arguments.target, example_inputs=inputs, verify=arguments.verify, measure=measure
-        ).report
+        )
 
 
 def _load(arguments: argparse.Namespace) -> tuple[nn.Module, fxsparse.Masks | None, tuple[Tensor, ...]]:
@@ -239,10 +276,10 @@ def _load(arguments: argparse.Namespace) -> tuple[nn.Module, fxsparse.Masks | No
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     masks = None if arguments.masks is None else fxsparse.Masks.load(arguments.masks)
-    model = load.load_model(arguments.model)
+    model = named.load_model(arguments.model)
     if arguments.weights is not None:
-        load.load_weights(model, arguments.weights)
-    return model.to(arguments.dtype), masks, load.random_inputs(arguments.shapes, arguments.dtype)
+        named.load_weights(model, arguments.weights)
+    return model.to(arguments.dtype), masks, named.random_inputs(arguments.shapes, arguments.dtype)
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -275,6 +312,13 @@ def _output_file(text: str) -> Path:
             f"output file {text!r}", expected="a file", got="a folder", do=f"{text.rstrip('/')}/report, say."
         )
     return path
+
+
+def _pt2_file(text: str) -> Path:
+    if Path(text).suffix != ".pt2":
+        raise InputError("--aoti", expected="a name that ends in .pt2, as AOTInductor demands", got=repr(text),
+                         do="For example: --aoti fast.pt2")  # fmt: skip
+    return _output_file(text)
 
 
 def _group_rows(text: str) -> int:

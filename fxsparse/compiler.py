@@ -130,7 +130,8 @@ def _build(model: nn.Module, masks: Masks, inputs: tuple[Any, ...], options: _Op
     verification = _verify(rewritten, won, options)
     report = dataclasses.replace(report, verification=verification, **won.for_report())
     out_spec = _out_spec(rewritten.gm)
-    return Build(won.gm, leaves, in_spec, out_spec, options.target, won.run, report, options.dynamic_batch, won.prepare)
+    return Build(won.gm, leaves, in_spec, out_spec, options.target, won.run, report, options.dynamic_batch, won.prepare,
+                 lowered_by=won.target)  # fmt: skip
 
 
 def _rewrite(model: nn.Module, masks: Masks, inputs: tuple[Any, ...], options: _Options) -> _Rewritten:

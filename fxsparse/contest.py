@@ -8,17 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fxsparse.backend import TARGETS, Target
 from fxsparse.backend.target import Runnable
 from fxsparse.ir.graph import clone, get_tensor, set_tensor
+from fxsparse.ir.inputs import Prepare, as_is, channels_last, inputs_channels_last
 from fxsparse.measure import Runs, play_off
 from fxsparse.report import Timing
 
 log = logging.getLogger("fxsparse")
-
-Prepare = Callable[[Sequence[Any]], Sequence[Any]]
 
 
 @dataclass
@@ -27,6 +26,7 @@ class _Build:
     gm: fx.GraphModule
     run: Runnable
     prepare: Prepare
+    target: Target
 
 
 @dataclass
@@ -36,6 +36,7 @@ class Contest:
     gm: fx.GraphModule
     run: Runnable
     prepare: Prepare
+    target: Target
     chosen: str
     timings: tuple[Timing, ...] = ()
     dense_ms: float | None = None
@@ -55,9 +56,9 @@ def contest(
 ) -> Contest:
     """Lower `sparse`; with `measure` also every dense build, time them, and pick the fastest."""
     log.info("lower (%s)", target.name)
-    ours = _Build(f"sparse: {target.name}", sparse, target.lower(sparse, inputs), _as_is)
+    ours = _Build(f"sparse: {target.name}", sparse, target.lower(sparse, inputs), as_is, target)
     if not measure:
-        return Contest(ours.gm, ours.run, ours.prepare, "sparse")
+        return Contest(ours.gm, ours.run, ours.prepare, target, "sparse")
     rivals = dense_builds(dense, inputs, target)
     log.info("measure")
     builds = {b.name: b for b in [ours, *rivals]}
@@ -67,7 +68,7 @@ def contest(
     faster = ratios[len(ratios) // 2] >= 1.0
     won = ours if faster else builds[best]
     return Contest(
-        won.gm, won.run, won.prepare, "sparse" if faster else "dense", _timings(runs), runs.median(best),
+        won.gm, won.run, won.prepare, won.target, "sparse" if faster else "dense", timings(runs), runs.median(best),
         runs.median(ours.name), (ratios[len(ratios) // 5], ratios[len(ratios) * 4 // 5]),
     )  # fmt: skip
 
@@ -75,14 +76,14 @@ def contest(
 def dense_builds(dense: fx.GraphModule, inputs: Sequence[Any], target: Target) -> list[_Build]:
     """The masked model, not rewritten: eager and on the target, contiguous and channels_last."""
     targets = [TARGETS["eager"]] + ([target] if target.name != "eager" else [])
-    formats: list[tuple[str, fx.GraphModule, Prepare]] = [("contiguous", dense, _as_is)]
+    formats: list[tuple[str, fx.GraphModule, Prepare]] = [("contiguous", dense, as_is)]
     if any(n.op == "get_attr" and get_tensor(dense, str(n.target)).dim() == 4 for n in dense.graph.nodes):
-        formats.append(("channels_last", _channels_last(dense), _inputs_channels_last))
+        formats.append(("channels_last", _channels_last(dense), inputs_channels_last))
     builds = []
     for t in targets:
         for name, gm, prepare in formats:
             log.info("lower dense (%s, %s)", t.name, name)
-            builds.append(_Build(f"{t.name}, {name}", gm, t.lower(gm, prepare(inputs)), prepare))
+            builds.append(_Build(f"{t.name}, {name}", gm, t.lower(gm, prepare(inputs)), prepare, t))
     return builds
 
 
@@ -96,27 +97,16 @@ def _call(build: _Build, inputs: Sequence[Any]) -> Callable[[], object]:
     return run
 
 
-def _timings(runs: Runs) -> tuple[Timing, ...]:
+def timings(runs: Runs) -> tuple[Timing, ...]:
+    """A row for each build that was timed."""
     return tuple(
         Timing(name, runs.median(name), runs.quantile(name, 0.2), runs.quantile(name, 0.8), len(ms))
         for name, ms in runs.ms.items()
     )
 
 
-def _as_is(inputs: Sequence[Any]) -> Sequence[Any]:
-    return inputs
-
-
-def _inputs_channels_last(inputs: Sequence[Any]) -> Sequence[Any]:
-    return [_convert(x) for x in inputs]
-
-
-def _convert(x: Any) -> Any:
-    return x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.dim() == 4 else x
-
-
 def _channels_last(gm: fx.GraphModule) -> fx.GraphModule:
     copy = clone(gm)
     for target in {str(n.target) for n in copy.graph.nodes if n.op == "get_attr"}:
-        set_tensor(copy, target, _convert(get_tensor(copy, target)))
+        set_tensor(copy, target, channels_last(get_tensor(copy, target)))
     return copy

@@ -36,6 +36,10 @@ class InputError(FxSparseError):
     """An argument, or an input at call time, that does not fit."""
 
 
+class PackageError(FxSparseError):
+    """A saved package that is damaged, not one of ours, or asks for what this installation does not have."""
+
+
 class TargetError(FxSparseError):
     """A target that is unknown, or that this machine cannot run."""
 

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
+import os
+import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxsparse.backend import Target
+from fxsparse.backend import Target, find_target
 from fxsparse.backend.target import Runnable
 from fxsparse.errors import InputError
 from fxsparse.ir.graph import flat
+from fxsparse.ir.inputs import LAYOUTS, Prepare, as_is
+from fxsparse.ir.version import VERSION
+from fxsparse.package import Saved, write
+from fxsparse.package.aoti import compile_aoti, machine
 from fxsparse.report import Report
 
 log = logging.getLogger("fxsparse")
@@ -32,6 +40,7 @@ class Build:
     example   flattened inputs it was built for
     run       flattened inputs -> flattened outputs, for the example's batch size
     prepare   applied to the flattened inputs first (a memory format)
+    lowered_by  what made `run`: another target where a dense build won
     """
 
     gm: fx.GraphModule
@@ -42,8 +51,9 @@ class Build:
     run: Runnable
     report: Report
     dynamic_batch: bool
-    prepare: Callable[[Sequence[Any]], Sequence[Any]] = lambda inputs: inputs
+    prepare: Prepare = as_is
     any_batch: Runnable | None = field(default=None)
+    lowered_by: Target | None = field(default=None)
 
     def __post_init__(self) -> None:
         self.prepared = self.prepare(self.example)
@@ -67,6 +77,13 @@ class SparseModule(nn.Module):
         self._build: Build | None = None
         super().train(False)
 
+    @classmethod
+    def of(cls, build: Build) -> SparseModule:
+        """The module that runs `build`."""
+        module = cls(_made)
+        module._build, module._make = build, None
+        return module
+
     def prepare(self, example_inputs: tuple[Any, ...]) -> SparseModule:
         """Compile now, for inputs like these."""
         with _COMPILING:
@@ -82,6 +99,13 @@ class SparseModule(nn.Module):
     @property
     def graph_module(self) -> fx.GraphModule:
         return self._built("graph_module").gm
+
+    @property
+    def example_inputs(self) -> tuple[Any, ...]:
+        """Inputs that it was compiled for; zeros of those shapes in a module that was loaded."""
+        build = self._built("example_inputs")
+        inputs: tuple[Any, ...] = pytree.tree_unflatten(build.example, build.in_spec)
+        return inputs
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The masked model's outputs, in its own structure."""
@@ -124,8 +148,42 @@ class SparseModule(nn.Module):
         if self._build is not None:
             raise InputError("pickle of a SparseModule", expected="a module that was not compiled yet",
                              got="generated code, which belongs to this process",
-                             do="Save the model and its masks (Masks.save), and compile where it runs.")  # fmt: skip
+                             do="module.save(path) writes it as data, for fxsparse.load.")  # fmt: skip
         return self.__dict__
+
+    def save(self, path: str | os.PathLike[str], *, native: bool = False) -> None:
+        """Write graph, packed weights, decisions and report to one file for `fxsparse.load`, whole or not at all.
+
+        native  also compile it with AOTInductor and put that code in, so that the first call after loading is fast.
+                It is only run by `load(path, native=True)`, on the same kind of machine
+        Raises InputError for a path that cannot be written, and for a graph that cannot be written as data.
+        """
+        build = self._built("save")
+        layout = next(name for name, prepare in LAYOUTS.items() if prepare is build.prepare)
+        lowered_by = build.lowered_by or build.target
+        saved = Saved(build.gm, build.example, build.target.name, lowered_by.name, layout, build.dynamic_batch,
+                      build.report)  # fmt: skip
+        with _writing(path):
+            if native:
+                saved.native, saved.native_for = _native(build, lowered_by)
+            write(saved, path, VERSION)
+
+    def save_aoti(self, path: str | os.PathLike[str], *, dynamic_batch: bool = False) -> None:
+        """Compile it with AOTInductor into `path`, a .pt2 that runs without Python and without the model.
+
+        dynamic_batch  one library for any batch size; otherwise it is for the example's shapes only
+        The library does not check its inputs: they must have the example's shapes, dtypes and memory format.
+        Raises InputError for a path that is no .pt2 or cannot be written, TargetError without a C++ compiler.
+        """
+        build = self._built("save_aoti")
+        if Path(path).suffix != ".pt2":
+            raise InputError("path of save_aoti", expected="a name that ends in .pt2, as AOTInductor demands",
+                             got=repr(os.fspath(path)), do="Name it model.pt2, say.")  # fmt: skip
+        find_target("inductor")
+        args = pytree.tree_unflatten(build.example, build.in_spec)
+        about = {"fxsparse": VERSION, "inputs": "; ".join(_describe(x) for x in build.example)}
+        with _writing(path):
+            compile_aoti(build.gm, args, path, dynamic_batch=dynamic_batch, metadata=about)
 
     def _built(self, what: str) -> Build:
         if self._build is None:
@@ -141,6 +199,28 @@ class SparseModule(nn.Module):
                 log.info("lower (%s, any batch size)", build.target.name)
                 build.any_batch = build.target.lower_dynamic(build.gm)
         return build.any_batch
+
+
+@contextlib.contextmanager
+def _writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        got = f"{type(error).__name__}: {error.strerror}"
+        raise InputError(f"output file {os.fspath(path)!r}", expected="a path that can be written", got=got,
+                         do="Name another file.") from None  # fmt: skip
+
+
+def _native(build: Build, lowered_by: Target) -> tuple[bytes, Mapping[str, str]] | tuple[None, None]:
+    """An AOTInductor package of the flat graph, and the machine it is for."""
+    if lowered_by.name != "inductor":
+        log.warning("no native code is saved: the build runs on target %r, which generates none", lowered_by.name)
+        return None, None
+    device = next(x.device for x in build.example if isinstance(x, Tensor))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.pt2"
+        compile_aoti(flat(build.gm), tuple(build.prepared), path)
+        return path.read_bytes(), machine(device)
 
 
 def _made(inputs: tuple[Any, ...]) -> Build:

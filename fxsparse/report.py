@@ -126,6 +126,14 @@ class Report:
         plain = {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self) if f.name != "masks"}
         return {**plain, "speedup": self.speedup, "verdict": self.verdict}
 
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any], masks: Masks | None = None) -> Report:
+        """The report that `to_dict` made `plain` of. Raises TypeError or KeyError for anything else."""
+        fields = {key: value for key, value in plain.items() if key not in ("speedup", "verdict")}
+        for name, kind in (("decisions", Decision), ("rows", Row), ("timings", Timing)):
+            fields[name] = tuple(kind(**_with_tuples(item)) for item in plain[name])
+        return cls(**fields, masks=masks)
+
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Write one self-contained page, whole or not at all; missing folders are made.
 
@@ -210,6 +218,10 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _with_tuples(plain: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()}
 
 
 def _speed(report: Report) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 
 import fxsparse
 import fxsparse.coarsen
-from fxsparse import cli, load
+from fxsparse import cli, named
 from fxsparse.errors import TargetError, VerificationError
 from fxsparse.progress import progress
 from fxsparse.report import Report, Timing
@@ -146,6 +146,50 @@ def test_bench_prints_a_json_row_for_each_build(
     assert calls[0]["measure"] is True
 
 
+class Saves(SimpleNamespace):
+    """A module that says what it is asked to write."""
+
+    def save(self, path: Path, native: bool) -> None:
+        path.write_text(f"package, native {native}")
+
+    def save_aoti(self, path: Path) -> None:
+        path.write_text("library")
+
+
+def test_compile_saves_a_package_and_a_library(nets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fxsparse, "compile", lambda *a, **k: Saves(report=REPORT))
+    common = ["compile", "nets_here:tiny", "--input", "3,4"]
+    assert cli.main([*common, "--out", "new/m.fxsparse", "--native", "--aoti", "new/m.pt2"]) == 0
+    assert (nets / "new/m.fxsparse").read_text() == "package, native True"
+    assert (nets / "new/m.pt2").read_text() == "library"
+    assert cli.main([*common, "--out", "m.fxsparse"]) == 0
+    assert (nets / "m.fxsparse").read_text() == "package, native False"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--native"], "InputError: --native: expected --out FILE with it; got no package"),
+        (["--aoti", "m.so"], "InputError: --aoti: expected a name that ends in .pt2"),
+        (["--out", "nets_here.py/m"], "output file 'nets_here.py/m': expected a path in a folder"),
+    ],
+)
+def test_compile_refuses_files_before_the_work(
+    nets: Path, refused: Callable[..., str], options: list[str], sentence: str
+) -> None:
+    assert sentence in refused("compile", "nets_here:tiny", "--input", "3,4", *options)
+
+
+def test_bench_times_a_package(nets: Path, refused: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = (torch.randn(3, 4),)
+    fxsparse.compile(nn.Linear(4, 2).eval(), target="eager", example_inputs=inputs, measure=False).save(nets / "m")
+    assert cli.main(["bench", "m"]) == 0
+    (row,) = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert row["inputs"] == "(3, 4) float32"
+    assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+    assert "PackageError: package 'nets_here.py'" in refused("bench", "nets_here.py")
+
+
 def test_threads_are_set(nets: Path, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
     set_to: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", set_to.append)
@@ -169,14 +213,14 @@ def test_a_module_made_already_is_a_model_too(nets: Path, calls: list[dict[str, 
 
 def test_the_models_of_the_checkout_are_found_from_its_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(Path(__file__).parents[1])
-    assert isinstance(load.load_model("models:vgg16_cifar"), nn.Module)
+    assert isinstance(named.load_model("models:vgg16_cifar"), nn.Module)
 
 
 def test_models_of_torchvision_are_built_without_any_download(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchvision")
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **__: pytest.fail("it downloads"))
     for name in ("squeezenet1_1", "lraspp_mobilenet_v3_large"):
-        assert not load.load_model(f"torchvision:{name}").training
+        assert not named.load_model(f"torchvision:{name}").training
 
 
 def test_unknown_model_of_torchvision_names_its_neighbors(refused: Callable[..., str]) -> None:
@@ -332,7 +376,7 @@ def test_help_tells_every_option(command: str, capsys: pytest.CaptureFixture[str
     assert exit.value.code == 0
     out = capsys.readouterr().out
     assert out.startswith(f"usage: fxsparse {command}")
-    assert ("--out" in out) == (command == "demo")
+    assert ("--out" in out) == (command in ("compile", "demo"))
 
 
 def test_version_names_torchs_too(capsys: pytest.CaptureFixture[str]) -> None:

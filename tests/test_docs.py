@@ -25,6 +25,15 @@ def test_the_readme_s_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "layer1.0.conv1" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("page", ["saving.md", "aotinductor.md"])
+def test_the_python_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), flags=re.DOTALL):
+        exec(block, names)
+    assert list(tmp_path.iterdir())
+
+
 def test_the_readme_s_commands_exist() -> None:
     lines = re.findall(r"^fxsparse +(\w+)", README, flags=re.MULTILINE)
     assert set(lines) == {"plan", "compile", "coarsen"}

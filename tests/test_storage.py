@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 import fxsparse
 from fxsparse.analysis import axes
-from fxsparse.backend.inductor import _with_memory
+from fxsparse.backend.inductor import with_memory
 from fxsparse.formats.shuffled_block_op import shuffled_block, shuffled_block_into
 from fxsparse.ir.capture import capture
 from fxsparse.ir.decision import Decision
@@ -355,7 +355,7 @@ def test_float64_has_no_kernel_and_says_so() -> None:
 def test_inductor_gives_every_packed_layer_memory_of_its_own_planning() -> None:
     model = Of(lambda m, x: m["b"](F.relu(m["a"](x))), a=conv(16, 32), b=conv(32, 48))
     gm, _ = stored(model, integers(2, 16, 9, 9))
-    lowered = _with_memory(flat(gm))
+    lowered = with_memory(flat(gm))
     targets = [n.target for n in lowered.graph.nodes]
     assert targets.count(shuffled_block_into) == len(layers(gm)) == 2
     assert shuffled_block not in targets

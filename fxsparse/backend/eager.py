@@ -17,6 +17,7 @@ class Eager(Target):
     """Any device, any shape, no compiler."""
 
     name = "eager"
+    reads_shapes = False
 
     def formats(self, device: torch.device) -> tuple[str, ...]:
         return ("shuffled_block",) if device.type == "cpu" and compiler() else ()

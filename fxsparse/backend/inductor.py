@@ -38,19 +38,19 @@ class Inductor(Target):
     def lower(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Runnable:
         import torch._inductor
 
-        module = _with_memory(flat(gm))
+        module = with_memory(flat(gm))
         for node in module.graph.nodes:  # symbolic shapes of the capture mean nothing to this trace
             node.meta.pop("val", None)
             node.meta.pop("example_value", None)
         with torch.no_grad():
-            return cast(Runnable, torch._inductor.compile(module, list(inputs), options=_options(gm)))
+            return cast(Runnable, torch._inductor.compile(module, list(inputs), options=options(gm)))
 
     def lower_dynamic(self, gm: fx.GraphModule) -> Runnable:
         import torch._inductor
 
-        module = _with_memory(flat(gm))
+        module = with_memory(flat(gm))
         fake = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
-        patches = {"config_patches": _options(gm)}
+        patches = {"config_patches": options(gm)}
         with torch.no_grad():
             return cast(
                 Runnable,
@@ -58,7 +58,7 @@ class Inductor(Target):
             )
 
 
-def _with_memory(gm: fx.GraphModule) -> fx.GraphModule:
+def with_memory(gm: fx.GraphModule) -> fx.GraphModule:
     """Our operators write into tensors whose memory Inductor plans and reuses.
 
         y = op(x, ...)  ->  y = new_empty(x, shape); op_into(x, ..., y)
@@ -86,6 +86,6 @@ def _sizes(gm: fx.GraphModule, node: fx.Node) -> list[Any]:
     ]
 
 
-def _options(gm: fx.GraphModule) -> dict[str, Any]:
+def options(gm: fx.GraphModule) -> dict[str, Any]:
     """Freezing, except in float64: it packs convolution weights for oneDNN, which has no float64."""
     return {"freezing": not any(b.dtype == torch.float64 for b in gm.buffers())}

@@ -16,6 +16,7 @@ class Target:
     """Something that runs a graph. Subclasses live one to a file."""
 
     name: str
+    reads_shapes = True  # `lower` and `lower_dynamic` read meta["val"], which a graph from a file gets only then
 
     def formats(self, device: torch.device) -> tuple[str, ...]:
         """Names of the sparse formats (`fxsparse.formats`) whose kernels it can run on `device`."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
 
@@ -26,6 +27,7 @@ class Format:
     """Subclasses live one to a file and are found there."""
 
     name: str
+    operator: torch._ops.OpOverload | None = None  # what `lower` calls
 
     def why_not(self, node: fx.Node, weight: Tensor) -> str:
         """Why this convolution or linear node cannot be stored so, in a few words; empty when it can."""
@@ -41,4 +43,11 @@ class Format:
 
     def lower(self, gm: fx.GraphModule, node: fx.Node, packed: Any) -> fx.Node:
         """Insert the format's own operator before `node`; returns the node whose value replaces it."""
+        raise NotImplementedError
+
+    def check_call(self, arguments: Sequence[Any]) -> None:
+        """Raise InputError unless a call of `operator` that comes from a file is one that `lower` could have made.
+
+        arguments  of the call, with the stored tensors in place of the nodes that read them
+        """
         raise NotImplementedError

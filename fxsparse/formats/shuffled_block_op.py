@@ -39,6 +39,7 @@ from fxsparse.kernels.triton import shuffled_block_conv2d, shuffled_block_linear
 Pair = Sequence[int]
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 LARGEST_IMAGE = 2**29  # elements: the kernel counts with 32 bits inside an image, padding included
+_STORED = [torch.float32, torch.int64, *[torch.int32] * 4]  # values, then value_ptr and the rest
 TO_LAST, TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 _library = torch.library.Library("fxsparse", "FRAGMENT")
 _ARGUMENTS = (
@@ -182,6 +183,7 @@ class ShuffledBlockFormat(Format):
     """conv2d without groups, and linear, in float32 and bfloat16."""
 
     name = "shuffled_block"
+    operator = shuffled_block
 
     def why_not(self, node: fx.Node, weight: Tensor) -> str:
         if node.target not in (aten.conv2d.default, aten.linear.default):
@@ -214,6 +216,19 @@ class ShuffledBlockFormat(Format):
             rest: tuple[Any, ...] = (list(packed.shape), *geometry, "none")
             y = gm.graph.call_function(shuffled_block, (x, *tensors, arg(node, "bias"), None, *rest))
             return gm.graph.call_function(aten.permute.default, (y, TO_FIRST)) if is_conv else y
+
+    def check_call(self, arguments: Sequence[Any]) -> None:
+        arrays, shape, pairs, activation = arguments[1:7], arguments[9], arguments[10:13], arguments[13]
+        kinds = [getattr(a, "dtype", None) for a in arrays]
+        if kinds != _STORED or any(a.dim() != 1 for a in arrays):
+            raise _misfit("a stored array", f"flat arrays of {_STORED}", str(kinds))
+        lowest = zip(pairs, (1, 0, 1), strict=True)  # stride, padding, dilation
+        if len(shape) not in (2, 4) or min(shape) < 1 or any(len(p) != 2 or min(p) < low for p, low in lowest):
+            raise _misfit("the geometry", "a weight of two or four dimensions and pairs of sizes", f"{shape}, {pairs}")
+        if activation not in ACTIVATIONS:
+            raise _misfit("the activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
+        values, value_ptr, columns, column_ptr, rows, row_ptr = arrays
+        ShuffledBlock(values, value_ptr, columns, column_ptr, rows, row_ptr, tuple(shape))
 
 
 def channels_last(gm: fx.GraphModule, x: fx.Node, is_conv: bool) -> fx.Node:

@@ -1,0 +1,29 @@
+"""What a build does to its flattened inputs before it runs: named, so that a saved build can say which."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Prepare = Callable[[Sequence[Any]], Sequence[Any]]
+
+
+def as_is(inputs: Sequence[Any]) -> Sequence[Any]:
+    """The inputs themselves."""
+    return inputs
+
+
+def inputs_channels_last(inputs: Sequence[Any]) -> Sequence[Any]:
+    """Images in channels_last, all else as it is."""
+    return [channels_last(x) for x in inputs]
+
+
+def channels_last(x: Any) -> Any:
+    """`x` in channels_last when it is a tensor of four dimensions."""
+    return x.contiguous(memory_format=torch.channels_last) if isinstance(x, Tensor) and x.dim() == 4 else x
+
+
+LAYOUTS: dict[str, Prepare] = {"as is": as_is, "channels_last": inputs_channels_last}

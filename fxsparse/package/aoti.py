@@ -1,0 +1,91 @@
+"""AOTInductor: a graph compiled into a library with its weights, in torch's own package, a .pt2."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from fxsparse.backend.inductor import options
+from fxsparse.errors import PackageError
+from fxsparse.ir.files import replacing
+
+
+def compile_aoti(
+    gm: fx.GraphModule,
+    args: tuple[Any, ...],
+    path: str | os.PathLike[str],
+    *,
+    dynamic_batch: bool = False,
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Compile `gm`, called as gm(*args), into the package `path`, whole or not at all. An OSError passes through.
+
+    dynamic_batch  for any size of dimension 0, and not only the one of `args`
+    """
+    import torch._inductor
+
+    shapes = None
+    if dynamic_batch:
+        args = pytree.tree_map(_two_or_more, args)
+        batch = torch.export.Dim("batch", min=1)
+        shapes = torch.export.ShapesCollection()
+        for x in pytree.tree_leaves(args):
+            if isinstance(x, Tensor) and x.dim():
+                shapes[x] = {0: batch}
+    # compiled in a folder of its own: the archive's folder gets the file's name
+    with torch.no_grad(), replacing(path) as name, tempfile.TemporaryDirectory() as folder:
+        name.touch()  # found out before the minutes of work rather than after
+        program = torch.export.export(gm, args, dynamic_shapes=shapes, strict=False)
+        configs = {**options(gm), "aot_inductor.metadata": metadata or {}}
+        made = str(Path(folder) / "model.pt2")
+        shutil.copyfile(
+            torch._inductor.aoti_compile_and_package(program, package_path=made, inductor_configs=configs), name
+        )
+
+
+def _two_or_more(x: Any) -> Any:
+    # torch.export takes a size of 1 in the example for a constant
+    return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == 1 else x
+
+
+def load_native(code: bytes, folder: Path) -> Callable[..., Sequence[Tensor]]:
+    """Run what `compile_aoti` made of a flat graph: machine code of the file runs here. Raises PackageError."""
+    path = folder / "model.pt2"
+    path.write_bytes(code)
+    try:
+        # what torch._inductor.aoti_load_package calls, without the seconds that importing Inductor takes
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", False, 1, -1)
+    except (RuntimeError, OSError) as error:
+        got = (str(error).splitlines() or [""])[0][:200]
+        raise PackageError("native code of a package", expected="a library this system can load", got=got,
+                           do="Load the package without native=True.") from None  # fmt: skip
+    return lambda *inputs: loader.boxed_run([x for x in inputs if isinstance(x, Tensor)])
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What native code depends on: it is made for exactly this processor."""
+    here = {
+        "torch": torch.__version__, "machine": platform.machine(), "system": platform.system(),
+        "vectors": torch.backends.cpu.get_cpu_capability(), "processor": _flags(),
+    }  # fmt: skip
+    if device.type == "cuda":
+        here["gpu"] = f"{torch.cuda.get_device_name(device)} {torch.cuda.get_device_capability(device)}"
+    return here
+
+
+def _flags() -> str:
+    """The processor's features as Linux lists them; its name elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(("flags", "Features"))), "")
