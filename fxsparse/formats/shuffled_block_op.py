@@ -39,7 +39,7 @@ from fxsparse.kernels.triton import shuffled_block_conv2d, shuffled_block_linear
 Pair = Sequence[int]
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 LARGEST_IMAGE = 2**29  # elements: the kernel counts with 32 bits inside an image, padding included
-_STORED = [torch.float32, torch.int64, *[torch.int32] * 4]  # values, then value_ptr and the rest
+_INDEX_DTYPES = [torch.int64, *[torch.int32] * 4]  # of value_ptr and what follows it
 TO_LAST, TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
 _library = torch.library.Library("fxsparse", "FRAGMENT")
 _ARGUMENTS = (
@@ -220,8 +220,8 @@ class ShuffledBlockFormat(Format):
     def check_call(self, arguments: Sequence[Any]) -> None:
         arrays, shape, pairs, activation = arguments[1:7], arguments[9], arguments[10:13], arguments[13]
         kinds = [getattr(a, "dtype", None) for a in arrays]
-        if kinds != _STORED or any(a.dim() != 1 for a in arrays):
-            raise _misfit("a stored array", f"flat arrays of {_STORED}", str(kinds))
+        if kinds[0] not in KERNEL_DTYPES or kinds[1:] != _INDEX_DTYPES or any(a.dim() != 1 for a in arrays):
+            raise _misfit("a stored array", f"flat arrays of float32 or bfloat16 and {_INDEX_DTYPES}", str(kinds))
         lowest = zip(pairs, (1, 0, 1), strict=True)  # stride, padding, dilation
         if len(shape) not in (2, 4) or min(shape) < 1 or any(len(p) != 2 or min(p) < low for p, low in lowest):
             raise _misfit("the geometry", "a weight of two or four dimensions and pairs of sizes", f"{shape}, {pairs}")
