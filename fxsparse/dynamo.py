@@ -27,7 +27,7 @@ from fxsparse.arguments import checked_inputs
 from fxsparse.compiler import Captured, Options, as_masks, build, checked_options
 from fxsparse.errors import CaptureError, FxSparseError, InputError, near
 from fxsparse.ir.masks import Masks
-from fxsparse.ir.retrace import Retraced, Training, Unfit, retrace
+from fxsparse.ir.retrace import Retraced, Training, Unfit, outputs_of, retrace
 from fxsparse.module import COMPILING, Build, run_build
 from fxsparse.report import Report
 
@@ -64,7 +64,10 @@ def backend(
         return functools.partial(_raise, error)
     try:
         _refuse(example_inputs, weights)
-        return _Graph(gm, retrace(gm), weights, settings).run
+        retraced = retrace(gm)
+        if any(view.index in weights for view in retraced.views.values()):
+            raise Unfit("one of its outputs is a view of a weight")
+        return _Graph(gm, retraced, weights, settings).run
     except Unfit as reason:
         _tell(reason)
         return _dense(gm, example_inputs, settings)
@@ -79,8 +82,6 @@ def _raise(error: FxSparseError, *args: Any) -> NoReturn:
 
 class _Given(Masks):
     """Masks of one call of torch.compile, equal to themselves alone: torch compares options whenever code is looked up."""
-
-    unmasked = False  # whether a weight that is not zero where it is masked was found, and told
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -102,7 +103,10 @@ class _Settings:
         return self.model if self.model is not None else compiled_module()
 
     def masks_of(self, weights: Sequence[Tensor]) -> list[Tensor | None]:
-        """For each weight its mask. Raises MaskError, and InputError when no model says which name is which tensor."""
+        """For each weight of a graph its mask.
+
+        Raises MaskError, and InputError when no model says which name is which tensor, or masks are out of reach.
+        """
         if self.masks is None:
             return [None] * len(weights)
         root = self.root()
@@ -110,22 +114,25 @@ class _Settings:
             raise InputError("options['masks']", expected="a module as what torch.compile was called on", got="a function",
                              do="Say whose names they are: options={'masks': masks, 'model': model}.")  # fmt: skip
         parameters = dict(root.named_parameters())
-        of = {id(parameters[name]): mask for name, mask in self.masks.check(root).items()}
+        masks = self.masks.check(root)
+        of = {id(parameters[name]): mask for name, mask in masks.items()}
         found = [of.get(id(w)) for w in weights]
-        self._tell_unmasked(weights, found)
+        if any(isinstance(w, nn.Parameter) for w in weights):
+            here = {id(w) for w in weights}
+            self._refuse_unmasked({n: parameters[n] for n in masks if id(parameters[n]) not in here}, masks)
         return found
 
-    def _tell_unmasked(self, weights: Sequence[Tensor], masks: Sequence[Tensor | None]) -> None:
-        assert self.masks is not None
-        if self.masks.unmasked:
-            return
-        pairs = [(w.detach(), m.to(w.device)) for w, m in zip(weights, masks, strict=True) if m is not None]
-        if any(bool(((w != 0) & ~m).any()) for w, m in pairs):
-            self.masks.unmasked = True
-            log.warning(
-                "weights are not zero where they are masked: code that torch.compile leaves to Python (past its "
-                "recompile_limit, say) computes with them unmasked; Masks(masks).apply_(model) makes it one function"
-            )
+    def _refuse_unmasked(self, elsewhere: Mapping[str, Tensor], masks: Masks) -> None:
+        """What dynamo leaves to Python reads the model's own weights: there, a mask has to be in them already."""
+        for name, weight in elsewhere.items():
+            if bool(((weight.detach() != 0) & ~masks[name].to(weight.device)).any()):
+                raise InputError(
+                    f"options['masks'], {name!r}",
+                    expected="a weight that is zero where it is masked, as it is not in this graph: torch.compile "
+                             "splits the model or runs it partly as Python, which no mask reaches",
+                    got="other values there",
+                    do="Masks(masks).apply_(model) zeroes them; or compile with fullgraph=True, from the model's root.",
+                )  # fmt: skip
 
 
 def _settings(options: dict[str, Any], mode: str | None) -> _Settings:
@@ -273,6 +280,9 @@ class _Seen:
         """The same objects."""
         return all(ref() is t for (ref, _, _), t in zip(self.tensors, tensors, strict=True))
 
+    def alive(self) -> bool:
+        return all(ref() is not None for ref, _, _ in self.tensors)
+
     def changed(self, tensors: Sequence[Tensor]) -> list[int]:
         """Positions of those that were replaced, written to or given other storage since."""
         return [
@@ -304,7 +314,7 @@ class _Graph:
         self.weights = {i: name for i, name in weights.items() if i not in retraced.written}
         self.entry: _Entry | None = None
         self.entries: list[_Entry] = []
-        self.orders = [_order(n.meta.get("example_value")) for n in _outputs(gm)]
+        self.orders = [_order(n.meta.get("example_value") if isinstance(n, fx.Node) else None) for n in outputs_of(gm)]
 
     def run(self, *args: Any) -> Sequence[Any]:
         """Dynamo's inputs to dynamo's outputs, in eager's strides; written inputs are written."""
@@ -314,33 +324,37 @@ class _Graph:
         inputs = [args[i] for i in entry.inputs]
         same = all(x.shape == shape for x, shape in zip(inputs, entry.shapes, strict=True))
         values = run_build(entry.build, inputs, same)
-        count = len(self.retraced.written)
+        written, views = self.retraced.written, self.retraced.views
         with torch.no_grad():
-            for i, value in zip(self.retraced.written, values, strict=False):
+            for i, value in zip(written, values, strict=False):
                 args[i].copy_(value)
-            return list(_apart(map(_laid_out, values[count:], self.orders)))
+            outputs = list(_apart(map(_laid_out, values[len(written) :], self.orders)))
+            for i, view in views.items():
+                outputs[i] = view.of(args[view.index])
+            return outputs
 
     def _find(self, args: Sequence[Any]) -> _Entry:
         with COMPILING:
             weights = [args[i] for i in self.weights]
-            entry = next((e for e in self.entries if len(e.seen.tensors) == len(weights) and e.seen.are(weights)), None)
-            if entry is None or (changed := entry.seen.changed(weights)):
-                if entry is not None:
-                    self._tell_changed([list(self.weights)[i] for i in changed], args)
-                    self.entries.remove(entry)
+            entry = next((e for e in self.entries if e.seen.are(weights)), None)
+            changed = entry.seen.changed(weights) if entry is not None else []
+            if entry is None or changed:
+                alive = [e for e in self.entries if e is not entry and e.seen.alive()]
+                if changed and self._drop_state([list(self.weights)[i] for i in changed], args):
+                    alive = []  # built with other inputs
                 entry = self._build(args)
-                alive = [e for e in self.entries if all(ref() is not None for ref, _, _ in e.seen.tensors)]
                 self.entries = [*alive, entry]
             self.entry = entry
             return entry
 
-    def _tell_changed(self, changed: Sequence[int], args: Sequence[Any]) -> None:
+    def _drop_state(self, changed: Sequence[int], args: Sequence[Any]) -> bool:
         """Buffers that change by themselves are state, not weights: from now on they are inputs."""
         names = ", ".join(self.weights[i] for i in changed[:3]) + (" ..." if len(changed) > 3 else "")
         log.warning("%s is built again: %s changed", self.name, names)
-        if not any(isinstance(args[i], nn.Parameter) for i in changed):
-            self.weights = {i: name for i, name in self.weights.items() if i not in changed}
-            self.entries.clear()
+        if any(isinstance(args[i], nn.Parameter) for i in changed):
+            return False
+        self.weights = {i: name for i, name in self.weights.items() if i not in changed}
+        return True
 
     def _build(self, args: Sequence[Any]) -> _Entry:
         seen = _Seen([args[i] for i in self.weights])
@@ -405,16 +419,11 @@ def _dynamo_lock() -> Any:
 # outputs
 
 
-def _outputs(gm: fx.GraphModule) -> list[Any]:
-    (out,) = [n for n in gm.graph.nodes if n.op == "output"]
-    return list(cast(Any, out.args[0]))
-
-
 def _order(value: Any) -> list[int] | None:
     """Dimensions from the largest stride to the smallest; None where there is none to keep."""
     if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return None
-    strides = [s if isinstance(s, int) else s.node.hint for s in value.stride()]
+    strides = [s if isinstance(s, int) else s.node.hint for s in value.stride()]  # read without a guard
     return None if 0 in strides else sorted(range(len(strides)), key=lambda d: -strides[d])
 
 

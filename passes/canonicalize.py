@@ -155,6 +155,7 @@ def _compute(gm: fx.GraphModule, node: fx.Node) -> None:
     constant.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(constant)
     gm.graph.erase_node(node)
+    _unshare(gm, constant)
 
 
 def _constant_name(gm: fx.GraphModule, node: fx.Node) -> str:

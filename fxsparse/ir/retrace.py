@@ -29,14 +29,31 @@ class Training(Unfit):
 
 
 @dataclass(frozen=True)
+class View:
+    """An output that shares the memory of input `index`: its shape, strides and offset there; None: it is that input."""
+
+    index: int
+    geometry: tuple[tuple[int, ...], tuple[int, ...], int] | None
+
+    def of(self, x: Tensor) -> Tensor:
+        """The output, given the input."""
+        if self.geometry is None:
+            return x
+        shape, stride, offset = self.geometry
+        return x.as_strided(shape, stride, x.storage_offset() + offset)
+
+
+@dataclass(frozen=True)
 class Retraced:
     """A functional graph whose placeholders are those of dynamo's graph, in order.
 
     written  indices of the inputs that the model writes to; the first `len(written)` outputs are their new values
+    views    by position among the other outputs, those that are views of inputs
     """
 
     gm: fx.GraphModule
     written: tuple[int, ...]
+    views: Mapping[int, View]
 
     @property
     def dynamic(self) -> list[bool]:
@@ -66,6 +83,7 @@ class Retraced:
 def retrace(gm: fx.GraphModule) -> Retraced:
     """Trace dynamo's `gm` again. Raises Unfit when it cannot be, or when the result is none for an inference compiler."""
     _refuse_state(gm)
+    views = _views(gm)
     gm = _specialized(gm)
     inputs = _placeholders(gm)
     try:
@@ -78,7 +96,7 @@ def retrace(gm: fx.GraphModule) -> Retraced:
     _tidy(traced)
     order = {n.name: i for i, n in enumerate(_placeholders(traced))}
     _refuse(traced)
-    return Retraced(traced, tuple(order[name] for name in signature.user_inputs_to_mutate.values()))
+    return Retraced(traced, tuple(order[name] for name in signature.user_inputs_to_mutate.values()), views)
 
 
 def _export(gm: fx.GraphModule, fakes: list[Any]) -> tuple[fx.GraphModule, Any]:
@@ -103,19 +121,49 @@ def _refuse_state(gm: fx.GraphModule) -> None:
         raise Unfit("autocast is on, which casts behind the graph's back: convert the model (model.bfloat16())")
     if not any(isinstance(n.meta.get("example_value"), Tensor) for n in _placeholders(gm)):
         raise Unfit("no tensor goes into it")
-    _refuse_aliases(gm)
 
 
-def _refuse_aliases(gm: fx.GraphModule) -> None:
-    """Outputs that share memory, with an input or each other: who writes to one expects to see it in the other."""
-    out = next(n for n in gm.graph.nodes if n.op == "output")
-    values = [(n, n.meta.get("example_value")) for n in [*_placeholders(gm), *out.all_input_nodes]]
-    seen: dict[int, fx.Node] = {}
-    for node, value in values:
-        if isinstance(value, Tensor) and value.layout is torch.strided:
-            other = seen.setdefault(value.untyped_storage()._cdata, node)
-            if other is not node and node.op != "placeholder":
-                raise Unfit(f"its output {node.name} is a view of {other.name}")
+def _views(gm: fx.GraphModule) -> dict[int, View]:
+    """Outputs that share memory with an input: who writes to one expects to see it in the other.
+
+    Raises Unfit for two outputs that share memory of their own, and for views that depend on symbolic sizes.
+    """
+    inputs = {_storage(v): (i, v) for i, n in enumerate(_placeholders(gm)) if _strided(v := n.meta["example_value"])}
+    own, views = set(), {}
+    for i, node in enumerate(outputs_of(gm)):
+        value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+        if not _strided(value):
+            continue
+        storage = _storage(value)
+        if storage in inputs:
+            views[i] = _view(node, value, *inputs[storage])
+        elif storage in own:
+            raise Unfit(f"its output {node.name} shares memory with another output")
+        own.add(storage)
+    return views
+
+
+def _view(node: fx.Node, value: Tensor, index: int, base: Tensor) -> View:
+    mine, its = [[*x.shape, *x.stride(), x.storage_offset()] for x in (value, base)]
+    if list(map(str, mine)) == list(map(str, its)) and value.dtype == base.dtype:
+        return View(index, None)
+    if value.dtype != base.dtype or not all(isinstance(n, int) for n in [*mine, *its]):
+        raise Unfit(f"its output {node.name} is a view of an input, of another dtype or with symbolic sizes")
+    return View(index, (tuple(value.shape), tuple(value.stride()), int(mine[-1] - its[-1])))
+
+
+def _strided(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided
+
+
+def _storage(value: Tensor) -> int:
+    return value.untyped_storage()._cdata
+
+
+def outputs_of(gm: fx.GraphModule) -> list[Any]:
+    """What dynamo's graph returns, one after the other."""
+    (out,) = [n for n in gm.graph.nodes if n.op == "output"]
+    return list(cast(Any, out.args[0]))
 
 
 def _specialized(gm: fx.GraphModule) -> fx.GraphModule:
