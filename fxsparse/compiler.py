@@ -291,7 +291,7 @@ def checked_options(
     measure: bool,
     cache_dir: str | os.PathLike[str] | None,
 ) -> Options:
-    """Options of these arguments of `compile`. Raises InputError or TargetError, for values and for a wrong cache_dir."""
+    """These arguments of `compile` as Options. Raises InputError or TargetError for a wrong one."""
     found = Options(_checked(target, formats, verify), dynamic_batch, formats, verify, measure, cache_dir)
     check_cache_dir(cache_dir)
     return found

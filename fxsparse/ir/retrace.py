@@ -20,8 +20,8 @@ from fxsparse.ir.graph import aten, clone, free_name, operator_name, owner, set_
 _TRAINING_NORM = ("_native_batch_norm_legit_functional", "_native_batch_norm_legit")
 
 
-class Unfit(Exception):  # noqa: N818 - not an error: this graph stays dense, and the text says why
-    """Why a graph is left as it is."""
+class Unfit(Exception):
+    """Not an error: why a graph is left as it is."""
 
 
 class Training(Unfit):
@@ -30,7 +30,7 @@ class Training(Unfit):
 
 @dataclass(frozen=True)
 class View:
-    """An output that shares the memory of input `index`: its shape, strides and offset there; None: it is that input."""
+    """An output in the memory of input `index`: its shape, strides and offset there; None: it is that input."""
 
     index: int
     geometry: tuple[tuple[int, ...], tuple[int, ...], int] | None
@@ -81,7 +81,7 @@ class Retraced:
 
 
 def retrace(gm: fx.GraphModule) -> Retraced:
-    """Trace dynamo's `gm` again. Raises Unfit when it cannot be, or when the result is none for an inference compiler."""
+    """Trace dynamo's `gm` again. Raises Unfit when it cannot be, or when an inference compiler cannot use it."""
     _refuse_state(gm)
     views = _views(gm)
     gm = _specialized(gm)
@@ -119,8 +119,10 @@ def _replace(gm: fx.GraphModule, node: fx.Node, by: fx.Node) -> None:
 def _refuse_state(gm: fx.GraphModule) -> None:
     if any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")):
         raise Unfit("autocast is on, which casts behind the graph's back: convert the model (model.bfloat16())")
-    if not any(isinstance(n.meta.get("example_value"), Tensor) for n in _placeholders(gm)):
-        raise Unfit("no tensor goes into it")
+    if any("example_value" not in n.meta for n in _placeholders(gm)):
+        raise Unfit("TorchDynamo does not say what goes into it")
+    if not all(isinstance(n, fx.Node) for n in outputs_of(gm)):
+        raise Unfit("it returns a constant")
 
 
 def _views(gm: fx.GraphModule) -> dict[int, View]:
@@ -128,10 +130,11 @@ def _views(gm: fx.GraphModule) -> dict[int, View]:
 
     Raises Unfit for two outputs that share memory of their own, and for views that depend on symbolic sizes.
     """
-    inputs = {_storage(v): (i, v) for i, n in enumerate(_placeholders(gm)) if _strided(v := n.meta["example_value"])}
+    values = [n.meta["example_value"] for n in _placeholders(gm)]
+    inputs = {_storage(value): (i, value) for i, value in enumerate(values) if _strided(value)}
     own, views = set(), {}
     for i, node in enumerate(outputs_of(gm)):
-        value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+        value: Any = node.meta.get("example_value")
         if not _strided(value):
             continue
         storage = _storage(value)
@@ -157,7 +160,7 @@ def _strided(value: Any) -> bool:
 
 
 def _storage(value: Tensor) -> int:
-    return value.untyped_storage()._cdata
+    return int(value.untyped_storage()._cdata)
 
 
 def outputs_of(gm: fx.GraphModule) -> list[Any]:
@@ -168,19 +171,19 @@ def outputs_of(gm: fx.GraphModule) -> list[Any]:
 
 def _specialized(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy in which numbers that dynamo made symbolic (eps under dynamic=True) are constants, guarded by dynamo."""
-    from torch.fx.experimental.symbolic_shapes import guard_scalar
-
-    gm = fx.GraphModule(gm, clone_graph(gm))
+    gm = fx.GraphModule(gm, _copied(gm))
     for node in list(gm.graph.nodes):
         value = node.meta.get("example_value")
         if node.op == "call_method" and node.target == "item" and isinstance(value, torch.SymFloat):
+            from torch.fx.experimental.symbolic_shapes import guard_scalar
+
             node.replace_all_uses_with(cast(Any, guard_scalar(value)))
             gm.graph.erase_node(node)
     gm.recompile()
     return gm
 
 
-def clone_graph(gm: fx.GraphModule) -> fx.Graph:
+def _copied(gm: fx.GraphModule) -> fx.Graph:
     """A copy of the graph, its nodes' meta kept."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -252,4 +255,3 @@ def _sizes_from_shapes(gm: fx.GraphModule) -> None:
             size.meta["val"] = value
             node.replace_all_uses_with(size)
         gm.graph.erase_node(node)
-
