@@ -59,9 +59,7 @@ def _raise(error: FxSparseError, *args: Any) -> NoReturn:
 
 def weights_of(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Settings) -> dict[int, str]:
     """Index -> name of the inputs that are parameters or buffers: of the model, by identity, or of another module."""
-    root, names = settings.root(), cast("dict[int, str]", {})
-    for kind in (root.named_buffers, root.named_parameters) if root is not None else ():
-        names |= {id(tensor): name for name, tensor in kind()}
+    names = settings.names()
     found = {}
     for i, (node, tensor) in enumerate(zip(_placeholders(gm), example_inputs, strict=True)):
         source = _source(node)

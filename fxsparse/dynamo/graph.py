@@ -117,9 +117,10 @@ class Graph:
         in_spec = pytree.tree_structure(tuple(leaves))
         out_spec = pytree.tree_structure([None] * (len(self.retraced.written) + len(self.orders)))
         with torch.inference_mode(False), torch.no_grad():
-            values, masks = self._values(args)
+            names = {i: self.settings.names().get(id(args[i]), name) for i, name in self.weights.items()}
+            values, masks = self._values(args, names)
             own = functools.partial(self._own, {**dict(enumerate(args)), **values}, inputs)
-            gm = self._bind(values)
+            gm = self.retraced.bind(named := {i: (names[i], w) for i, w in values.items()})
             parameters = sum(args[i].numel() for i in values if isinstance(args[i], nn.Parameter))
             captured = Captured(gm, leaves, own, masks, parameters, grows)
         with _dynamo_lock():
@@ -127,24 +128,21 @@ class Graph:
                 built = build(captured, in_spec, out_spec, options)
             except CaptureError as error:  # a shape that the analysis cannot follow
                 log.warning("%s stays dense: %s", self.name, error)
-                gm = self._bind(values)
+                gm = self.retraced.bind(named)
                 run = options.target.lower(gm, leaves)
                 return Build(gm, leaves, in_spec, out_spec, options.target, run, cast(Report, None), any(grows))
         log.info("%s: %s", self.name, built.report.verdict)
         self.settings.on_report(built.report)
         return built
 
-    def _values(self, args: Sequence[Any]) -> tuple[dict[int, Tensor], Masks]:
+    def _values(self, args: Sequence[Any], names: Mapping[int, str]) -> tuple[dict[int, Tensor], Masks]:
         """Masked copies of the weights, and the masks by name."""
         found = dict(zip(self.weights, self.settings.masks_of([args[i] for i in self.weights]), strict=True))
         masks = {i: m.to(args[i].device) for i, m in found.items() if m is not None}
         values = {i: args[i].detach() for i in self.weights}
         values = {i: w.masked_fill(~masks[i], 0) if i in masks else w.clone() for i, w in values.items()}
         shown = masks or {i: w != 0 for i, w in values.items() if w.dim() > 1 and bool((w == 0).any())}
-        return values, Masks({self.weights[i]: m for i, m in shown.items()})
-
-    def _bind(self, values: Mapping[int, Tensor]) -> fx.GraphModule:
-        return self.retraced.bind({i: (self.weights[i], w) for i, w in values.items()})
+        return values, Masks({names[i]: m for i, m in shown.items()})
 
     def _own(self, full: dict[int, Any], inputs: Sequence[int], leaves: Sequence[Any]) -> list[Any]:
         """What dynamo's own graph gives, written inputs first."""

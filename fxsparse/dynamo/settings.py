@@ -42,6 +42,13 @@ class Settings:
         """The module whose names count."""
         return self.model if self.model is not None else compiled_module()
 
+    def names(self) -> dict[int, str]:
+        """The names of the model's parameters and buffers, by id."""
+        root = self.root()
+        if root is None:
+            return {}
+        return {id(tensor): name for name, tensor in [*root.named_buffers(), *root.named_parameters()]}
+
     def masks_of(self, weights: Sequence[Tensor]) -> list[Tensor | None]:
         """For each weight of a graph its mask.
 
@@ -109,10 +116,11 @@ def compiled_module() -> nn.Module | None:
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename == eval_frame.__file__ and "fn" in frame.f_locals:
-            first = next(iter(frame.f_locals.get("args", ())), None)  # self, of a decorated forward
-            owner = getattr(frame.f_locals["fn"], "__self__", first)
-            if isinstance(owner, nn.Module):
-                return owner
+            fn, args = frame.f_locals["fn"], frame.f_locals.get("args", ())
+            # a bound method; a wrapper around one of torch's own modules; self, of a decorated forward
+            for owner in (getattr(fn, "__self__", None), getattr(fn, "__wrapped__", None), *args[:1]):
+                if isinstance(owner, nn.Module):
+                    return owner
             if frame.f_code.co_name == "compile_wrapper":  # else torch._dynamo.disable, around this back end
                 return None
         frame = cast(Any, frame.f_back)

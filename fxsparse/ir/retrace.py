@@ -83,8 +83,8 @@ class Retraced:
 def retrace(gm: fx.GraphModule) -> Retraced:
     """Trace dynamo's `gm` again. Raises Unfit when it cannot be, or when an inference compiler cannot use it."""
     _refuse_state(gm)
+    _specialize_numbers(gm)
     views = _views(gm)
-    gm = _specialized(gm)
     inputs = _placeholders(gm)
     try:
         traced, signature = _export(gm, [n.meta["example_value"] for n in inputs])
@@ -169,27 +169,20 @@ def outputs_of(gm: fx.GraphModule) -> list[Any]:
     return list(cast(Any, out.args[0]))
 
 
-def _specialized(gm: fx.GraphModule) -> fx.GraphModule:
-    """A copy in which numbers that dynamo made symbolic (eps under dynamic=True) are constants, guarded by dynamo."""
-    gm = fx.GraphModule(gm, _copied(gm))
-    for node in list(gm.graph.nodes):
-        value = node.meta.get("example_value")
-        if node.op == "call_method" and node.target == "item" and isinstance(value, torch.SymFloat):
-            from torch.fx.experimental.symbolic_shapes import guard_scalar
+def _specialize_numbers(gm: fx.GraphModule) -> None:
+    """Have dynamo trace again with constants for the floats that dynamic=True made inputs (the eps of a batch norm).
 
-            node.replace_all_uses_with(cast(Any, guard_scalar(value)))
-            gm.graph.erase_node(node)
-    gm.recompile()
-    return gm
+    Inductor asks for the same, in the same way, when it cannot keep one as a tensor.
+    """
+    values = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "call_method" and n.target == "item"]
+    symbols = {str(s) for v in values if isinstance(v, torch.SymFloat) for s in v.node.expr.free_symbols}
+    if symbols:
+        from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+        from torch._dynamo.symbolic_convert import TensorifyState
 
-
-def _copied(gm: fx.GraphModule) -> fx.Graph:
-    """A copy of the graph, its nodes' meta kept."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        copies[node] = graph.node_copy(node, lambda n: copies[n])
-    return graph
+        for symbol in symbols:
+            TensorifyState.specialize(symbol)
+        raise TensorifyScalarRestartAnalysis
 
 
 def _tidy(gm: fx.GraphModule) -> None:
