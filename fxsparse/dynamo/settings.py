@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from types import FrameType
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ class Given(Masks):
     def __eq__(self, other: object) -> bool:
         return self is other
 
-    __hash__ = None  # type: ignore[assignment]
+    __hash__ = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +114,7 @@ def compiled_module() -> nn.Module | None:
     """
     from torch._dynamo import eval_frame
 
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename == eval_frame.__file__ and "fn" in frame.f_locals:
             fn, args = frame.f_locals["fn"], frame.f_locals.get("args", ())
@@ -123,5 +124,5 @@ def compiled_module() -> nn.Module | None:
                     return owner
             if frame.f_code.co_name == "compile_wrapper":  # else torch._dynamo.disable, around this back end
                 return None
-        frame = cast(Any, frame.f_back)
+        frame = frame.f_back
     return None

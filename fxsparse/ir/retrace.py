@@ -174,8 +174,11 @@ def _specialize_numbers(gm: fx.GraphModule) -> None:
 
     Inductor asks for the same, in the same way, when it cannot keep one as a tensor.
     """
-    values = [n.meta.get("example_value") for n in gm.graph.nodes if n.op == "call_method" and n.target == "item"]
-    symbols = {str(s) for v in values if isinstance(v, torch.SymFloat) for s in v.node.expr.free_symbols}
+    items = [n for n in gm.graph.nodes if n.op == "call_method" and n.target == "item"]
+    numbers = [v for n in items if isinstance(v := n.meta.get("example_value"), torch.SymFloat)]
+    symbols = {
+        str(s) for v in numbers for s in cast(Any, v.node)._expr.free_symbols
+    }  # `expr` loses those with a known value
     if symbols:
         from torch._dynamo.exc import TensorifyScalarRestartAnalysis
         from torch._dynamo.symbolic_convert import TensorifyState
