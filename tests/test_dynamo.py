@@ -20,6 +20,7 @@ from torch.nn.utils import prune
 import fxsparse
 from fxsparse import InputError, MaskError, Masks, Report, TargetError, VerificationError
 from fxsparse.dynamo import backend
+from fxsparse.dynamo.seen import Seen
 from fxsparse.ir.graph import get_tensor, set_tensor
 from fxsparse.passes import shrink_channels
 
@@ -353,15 +354,23 @@ def test_a_function_needs_to_say_whose_names_the_masks_use() -> None:
 
 
 def test_two_models_of_one_class_have_their_own_weights_and_masks() -> None:
-    first, second = Net(), Net()
-    options = {"masks": half(first, "a"), "target": "eager", "measure": False}
-    ours = [torch.compile(m, backend="fxsparse", options=options) for m in (first, second)]
-    other = Compiled(second, half(second, "b"))
+    first, second, reports = Net(), Net(), []
+    options = {"masks": half(first, "a"), "target": "eager", "measure": False, "on_report": reports.append}
+    others = {**options, "masks": half(second, "b")}  # torch compares the two: tensors under the same names must not be
+    again = {**options, "masks": half(second, "b")}
+    calls = [(first, "a", options), (second, "a", options), (second, "b", others), (second, "b", again)]
+    compiled = [(torch.compile(m, backend="fxsparse", options=o), m, name) for m, name, o in calls]
     for _ in range(2):
-        for call, model in zip(ours, (first, second), strict=True):
+        for call, model, name in compiled:
             with torch.no_grad():
-                agree(call(X), exact(model, half(first, "a"), X))
-        agree(other(X), exact(second, half(second, "b"), X))
+                agree(call(X), exact(model, half(model, name), X))
+    assert len(reports) == 4
+
+
+def test_a_tensor_in_the_same_memory_is_another_one() -> None:
+    weight = torch.ones(2)
+    assert Seen([weight]).changed([weight]) == []
+    assert Seen([weight]).changed([weight.detach()]) == [0]
 
 
 # what dynamo does around it
@@ -462,12 +471,16 @@ def test_an_output_that_is_a_view_of_an_input_still_is() -> None:
     assert float(compiled[1].abs().max()) == float(compiled[2].abs().max()) == 0.0
 
 
-def test_channels_last_comes_out_where_eager_gives_it() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
-    x = X.contiguous(memory_format=torch.channels_last)
-    ours = Compiled(model, half(model, "0"))
-    assert ours(x).stride() == model(x).stride()
-    assert ours(X).stride() == model(X).stride()
+def test_outputs_have_eager_s_strides_though_the_sparse_kernel_writes_channels_last() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.ReLU(), nn.Conv2d(64, 64, 1)).eval()
+    mask = torch.zeros(64, 64, 1, 1, dtype=torch.bool)
+    mask[:32, :32] = mask[32:, 32:] = True
+    ours = Compiled(model, {"2.weight": mask}, formats="shuffled_block")
+    for x in (X, X.contiguous(memory_format=torch.channels_last)):
+        y = ours(x)
+        assert y.stride() == model(x).stride()
+        agree(y, exact(model, {"2.weight": mask}, x))
+    assert ours.reports[0].rows[1].stored == "shuffled_block"
 
 
 def test_state_is_written_and_buffers_that_change_become_inputs(caplog: pytest.LogCaptureFixture) -> None:
