@@ -7,7 +7,7 @@ import functools
 import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from types import ModuleType
 from typing import Any
@@ -40,7 +40,9 @@ _REPRODUCE = "Please report it: run fxsparse.compile(..., target='eager', verify
 
 
 @dataclasses.dataclass(frozen=True)
-class _Options:
+class Options:
+    """The checked arguments of `compile`."""
+
     target: Target
     dynamic_batch: bool
     formats: str
@@ -50,9 +52,37 @@ class _Options:
 
 
 @dataclasses.dataclass
+class Captured:
+    """A model as one flat graph, whichever front end made it: torch.export here, TorchDynamo in `fxsparse.dynamo`.
+
+    gm          its weights are constants with masked values, and its own: the graph is rewritten in place
+    leaves      example inputs, flattened
+    own         flattened inputs -> outputs of the user's own code with masked weights, to compare with
+    grows       for each leaf: whether its dimension 0 is the batch; None: of every tensor
+    masks       for the report
+    parameters  their number, for the report
+    """
+
+    gm: fx.GraphModule
+    leaves: list[Any]
+    own: Callable[[Sequence[Any]], Any]
+    masks: Masks
+    parameters: int
+    grows: Sequence[bool] | None = None
+
+    @property
+    def batch(self) -> int:
+        """The example's batch size."""
+        grows = self.grows if self.grows is not None and any(self.grows) else [True] * len(self.leaves)
+        batched = (x for x, one in zip(self.leaves, grows, strict=True) if one)
+        return next((x.shape[0] for x in batched if isinstance(x, Tensor) and x.dim()), 1)
+
+
+@dataclasses.dataclass
 class _Rewritten:
     """A model after the passes, and everything the report wants to know about it."""
 
+    captured: Captured
     dense: fx.GraphModule
     gm: fx.GraphModule
     plan: Plan
@@ -88,9 +118,8 @@ def compile(
     cache_dir       folder for measured layer times; None keeps them in memory only
     Raises MaskError, InputError, CaptureError, TargetError or VerificationError, each with the way out.
     """
-    options = _Options(_checked(target, formats, verify), dynamic_batch, formats, verify, measure, cache_dir)
-    check_cache_dir(cache_dir)
-    found = _as_masks(masks).check(checked_model(model))
+    options = checked_options(target, dynamic_batch, formats, verify, measure, cache_dir)
+    found = as_masks(masks).check(checked_model(model))
     module = SparseModule(functools.partial(_compile_inputs, model, found, options))
     return module if example_inputs is None else module.prepare(checked_inputs(example_inputs))
 
@@ -107,47 +136,64 @@ def plan(
 
     Arguments and errors as for `compile`; example inputs are needed, since shapes decide what can be removed.
     """
-    options = _Options(_checked(target, "auto", "off"), True, "auto", "off", False, None)
+    options = checked_options(target, True, "auto", "off", False, None)
     if example_inputs is None:
         raise InputError("example_inputs of plan", expected="a tuple of inputs", got="None",
                          do="A dry run needs shapes: plan(model, masks, (torch.randn(1, 3, 224, 224),)).")  # fmt: skip
     inputs = checked_inputs(example_inputs)
-    found = _as_masks(masks).check(checked_model(model))
-    rewritten = _rewrite(model, found, inputs, options)
-    return dataclasses.replace(_report(rewritten, model, found, inputs, options), chosen="not measured")
+    found = as_masks(masks).check(checked_model(model))
+    rewritten = _rewrite(_capture(model, found, inputs, options), options)
+    return dataclasses.replace(_report(rewritten, options), chosen="not measured")
 
 
-def _compile_inputs(model: nn.Module, masks: Masks, options: _Options, inputs: tuple[Any, ...]) -> Build:
+def _compile_inputs(model: nn.Module, masks: Masks, options: Options, inputs: tuple[Any, ...]) -> Build:
     return _build(model, masks, checked_inputs(inputs), options)
 
 
+def _build(model: nn.Module, masks: Masks, inputs: tuple[Any, ...], options: Options) -> Build:
+    with torch.inference_mode(False):
+        captured = _capture(model, masks, inputs, options)
+    out_spec = _out_spec(captured.gm)
+    return build(captured, pytree.tree_structure(inputs), out_spec, options)
+
+
 @torch.inference_mode(False)  # the analysis differentiates
-def _build(model: nn.Module, masks: Masks, inputs: tuple[Any, ...], options: _Options) -> Build:
-    rewritten = _rewrite(model, masks, inputs, options)
-    report = _report(rewritten, model, masks, inputs, options)
-    leaves, in_spec = pytree.tree_flatten(inputs)
+def build(captured: Captured, in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec, options: Options) -> Build:
+    """Rewrite, lower, measure and verify: what both entrances, `compile` and torch.compile, come to."""
+    rewritten = _rewrite(captured, options)
+    report = _report(rewritten, options)
+    leaves = captured.leaves
     won = contest(rewritten.dense, rewritten.gm, leaves, options.target, measure=options.measure)
     verification = _verify(rewritten, won, options)
     report = dataclasses.replace(report, verification=verification, **won.for_report())
-    out_spec = _out_spec(rewritten.gm)
     return Build(won.gm, leaves, in_spec, out_spec, options.target, won.run, report, options.dynamic_batch, won.prepare,
                  lowered_by=won.target)  # fmt: skip
 
 
-def _rewrite(model: nn.Module, masks: Masks, inputs: tuple[Any, ...], options: _Options) -> _Rewritten:
-    """Capture, and run the passes on a graph of our own."""
+def _capture(model: nn.Module, masks: Masks, inputs: tuple[Any, ...], options: Options) -> Captured:
     log.info("capture")
     gm = capture(model, inputs, masks, dynamic_batch=options.dynamic_batch)
+    leaves, in_spec = pytree.tree_flatten(inputs)
+
+    def own(leaves: Sequence[Any]) -> Any:
+        return masked_output(model, masks, pytree.tree_unflatten(leaves, in_spec))
+
+    parameters = sum(p.numel() for p in model.parameters())
+    return Captured(gm, leaves, own, masks or Masks.from_zeros(model), parameters)
+
+
+def _rewrite(captured: Captured, options: Options) -> _Rewritten:
+    """Run the passes on the captured graph."""
+    gm, leaves = captured.gm, captured.leaves
     erase_unused(gm)
     plan = run_passes(gm, [canonicalize], Context())  # canonicalize is no rewriting: the dense builds get it too
     dense, layers = clone(gm), layers_of(gm)
-    leaves, in_spec = pytree.tree_flatten(inputs)
     ref = None
     if options.verify != "off":
         ref = reference(flat(dense), probe(leaves))
-        own = masked_output(model, masks, pytree.tree_unflatten(ref.inputs, in_spec))
-        check(pytree.tree_leaves(own), ref, "captured graph", "torch.export changed the model: please report it.")
-    times = LayerTimes(options.cache_dir, _batch(leaves))
+        own = captured.own(ref.inputs)
+        check(pytree.tree_leaves(own), ref, "captured graph", "The front end changed the model: please report it.")
+    times = LayerTimes(options.cache_dir, captured.batch)
     if options.measure:
         log.info("time layers")
         for layer in layers:
@@ -160,10 +206,10 @@ def _rewrite(model: nn.Module, masks: Masks, inputs: tuple[Any, ...], options: _
     rows = rows_of(gm, layers, ctx, plan)
     stored = run_passes(gm, STORAGE, ctx, after_each)
     times.save()
-    return _Rewritten(dense, gm, plan + stored, with_formats(rows, layers, stored), ref)
+    return _Rewritten(captured, dense, gm, plan + stored, with_formats(rows, layers, stored), ref)
 
 
-def _context(leaves: list[Any], times: LayerTimes, options: _Options) -> Context:
+def _context(leaves: list[Any], times: LayerTimes, options: Options) -> Context:
     device = next(x.device for x in leaves if isinstance(x, Tensor))
     names = options.target.formats(device) if options.formats != "dense" else ()
     forced = options.formats in FORMATS
@@ -183,7 +229,7 @@ def _time_again(gm: fx.GraphModule, layers: list[Layer], times: LayerTimes) -> N
             layer.sparse_us = times(layer.node, *weight.shape[:2]) * 1e6
 
 
-def _after_each(gm: fx.GraphModule, ref: Reference | None, options: _Options) -> Any:
+def _after_each(gm: fx.GraphModule, ref: Reference | None, options: Options) -> Any:
     def check_pass(step: ModuleType) -> None:
         if options.verify == "each" and ref is not None:
             with torch.no_grad():
@@ -192,7 +238,7 @@ def _after_each(gm: fx.GraphModule, ref: Reference | None, options: _Options) ->
     return check_pass
 
 
-def _verify(rewritten: _Rewritten, won: Contest, options: _Options) -> str:
+def _verify(rewritten: _Rewritten, won: Contest, options: Options) -> str:
     """The graph in eager, at the example's batch and at another one; then what will really run."""
     ref = rewritten.reference
     if ref is None:
@@ -201,24 +247,26 @@ def _verify(rewritten: _Rewritten, won: Contest, options: _Options) -> str:
     with torch.no_grad():
         check(flat(rewritten.gm)(*ref.inputs), ref, "rewritten graph", _REPRODUCE)
         if options.dynamic_batch:
-            other = reference(flat(rewritten.dense), probe(ref.inputs, batch=_batch(ref.inputs) + 1, seed=1))
+            captured = rewritten.captured
+            inputs = probe(ref.inputs, batch=captured.batch + 1, seed=1, grows=captured.grows)
+            other = reference(flat(rewritten.dense), inputs)
             check(flat(rewritten.gm)(*other.inputs), other, "rewritten graph at another batch size", _REPRODUCE)
         return check(won.run(*won.prepare(ref.inputs)), ref, f"target {options.target.name!r}",
                      "The graph was right before lowering: try target='eager', and please report it.")  # fmt: skip
 
 
-def _report(rewritten: _Rewritten, model: nn.Module, masks: Masks, inputs: Any, options: _Options) -> Report:
-    rows = rewritten.rows
+def _report(rewritten: _Rewritten, options: Options) -> Report:
+    rows, captured = rewritten.rows, rewritten.captured
     return Report(
         target=options.target.name,
         decisions=rewritten.plan.decisions,
         rows=tuple(rows),
-        params_before=sum(p.numel() for p in model.parameters()),
+        params_before=captured.parameters,
         params_after=parameters_after(rewritten.gm),
         macs_before=sum(r.macs_before for r in rows),
         macs_after=sum(r.macs_after for r in rows),
-        environment=environment(inputs),
-        masks=masks or Masks.from_zeros(model),
+        environment=environment(captured.leaves),
+        masks=captured.masks,
     )
 
 
@@ -236,6 +284,20 @@ def environment(inputs: Any) -> dict[str, str]:
     }
 
 
+def checked_options(
+    target: str,
+    dynamic_batch: bool,
+    formats: str,
+    verify: str,
+    measure: bool,
+    cache_dir: str | os.PathLike[str] | None,
+) -> Options:
+    """These arguments of `compile` as Options. Raises InputError or TargetError for a wrong one."""
+    found = Options(_checked(target, formats, verify), dynamic_batch, formats, verify, measure, cache_dir)
+    check_cache_dir(cache_dir)
+    return found
+
+
 def _checked(target: str, formats: str, verify: str) -> Target:
     for name, value, known in (
         ("formats", formats, ("auto", "dense", *FORMATS)),
@@ -251,7 +313,8 @@ def _checked(target: str, formats: str, verify: str) -> Target:
     return find_target(target)
 
 
-def _as_masks(masks: MaskSource) -> Masks:
+def as_masks(masks: MaskSource) -> Masks:
+    """Masks of whatever the user gave; none for None. Raises InputError or MaskError."""
     if masks is None or isinstance(masks, Masks):
         return masks or Masks()
     if isinstance(masks, (str, os.PathLike)):
@@ -260,10 +323,6 @@ def _as_masks(masks: MaskSource) -> Masks:
         raise InputError("masks", expected="Masks, a dict by parameter name, a path or None", got=type(masks).__name__,
                          do="For zeros that are already in the weights, leave masks out.")  # fmt: skip
     return Masks(masks)
-
-
-def _batch(leaves: Any) -> int:
-    return next((x.shape[0] for x in leaves if isinstance(x, Tensor) and x.dim()), 1)
 
 
 def _out_spec(gm: fx.GraphModule) -> pytree.TreeSpec:

@@ -29,7 +29,7 @@ from fxsparse.report import Report
 
 log = logging.getLogger("fxsparse")
 
-_COMPILING = threading.RLock()  # torch.export traces through the model itself: one thread at a time
+COMPILING = threading.RLock()  # torch.export traces through the model itself: one thread at a time
 
 
 @dataclass
@@ -86,7 +86,7 @@ class SparseModule(nn.Module):
 
     def prepare(self, example_inputs: tuple[Any, ...]) -> SparseModule:
         """Compile now, for inputs like these."""
-        with _COMPILING:
+        with COMPILING:
             if self._make is not None:
                 self._build = self._make(example_inputs)
                 self._make = None  # lets go of the user's model
@@ -114,13 +114,7 @@ class SparseModule(nn.Module):
                              got=f"keywords {sorted(kwargs)}", do="Pass them by position.")  # fmt: skip
         build = self._build or self.prepare(args)._built("forward")
         inputs = self._leaves(build, args)
-        with torch.no_grad():
-            if _check_inputs(build, inputs):
-                outputs = build.run(*_laid_out(build.prepare(inputs), build.prepared))
-            else:
-                outputs = self._any_batch(build, inputs)(*_laid_out(inputs, build.example))
-            outputs = [_unaliased(y, build, inputs) for y in outputs]
-        return pytree.tree_unflatten(outputs, build.out_spec)
+        return pytree.tree_unflatten(run_build(build, inputs, _check_inputs(build, inputs)), build.out_spec)
 
     def _leaves(self, build: Build, args: tuple[Any, ...]) -> Sequence[Any]:
         if len(args) == len(build.example) and all(isinstance(x, Tensor) for x in args) and _is_flat(build.in_spec):
@@ -191,14 +185,25 @@ class SparseModule(nn.Module):
                              do="Pass example_inputs to fxsparse.compile, or call the module once.")  # fmt: skip
         return self._build
 
-    def _any_batch(self, build: Build, inputs: Sequence[Any]) -> Runnable:
-        if 0 in (x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim()):
-            return flat(build.gm)  # generated code may not like empty loops; nothing is to be gained here
-        with _COMPILING:
-            if build.any_batch is None:
-                log.info("lower (%s, any batch size)", build.target.name)
-                build.any_batch = build.target.lower_dynamic(build.gm)
-        return build.any_batch
+
+def run_build(build: Build, inputs: Sequence[Any], same: bool) -> list[Any]:
+    """Flattened outputs for flattened inputs. `same`: their batch size is the example's."""
+    with torch.no_grad():
+        if same:
+            outputs = build.run(*_laid_out(build.prepare(inputs), build.prepared))
+        else:
+            outputs = _any_batch(build, inputs)(*_laid_out(inputs, build.example))
+        return [_unaliased(y, build, inputs) for y in outputs]
+
+
+def _any_batch(build: Build, inputs: Sequence[Any]) -> Runnable:
+    if 0 in (x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim()):
+        return flat(build.gm)  # generated code may not like empty loops; nothing is to be gained here
+    with COMPILING:
+        if build.any_batch is None:
+            log.info("lower (%s, any batch size)", build.target.name)
+            build.any_batch = build.target.lower_dynamic(build.gm)
+    return build.any_batch
 
 
 @contextlib.contextmanager

@@ -39,17 +39,20 @@ def wide_inputs(inputs: Sequence[Any]) -> list[Any]:
     return [x.to(_wide_dtype(x.dtype)) if isinstance(x, Tensor) else x for x in inputs]
 
 
-def probe(inputs: Sequence[Any], batch: int | None = None, seed: int = 0) -> tuple[Any, ...]:
+def probe(
+    inputs: Sequence[Any], batch: int | None = None, seed: int = 0, grows: Sequence[bool] | None = None
+) -> tuple[Any, ...]:
     """Random inputs of the same shapes: the example's own values may be zeros, under which anything agrees.
 
-    Floating tensors are normal with the example's scale; integer ones repeat the example. `batch` replaces dimension 0.
+    Floating tensors are normal with the example's scale; integer ones repeat the example. `batch` replaces dimension 0
+    (of those inputs for which `grows` is True; None: of all).
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def one(x: Any) -> Any:
+    def one(x: Any, grows: bool) -> Any:
         if not isinstance(x, Tensor) or not x.dim():
             return x
-        if batch is not None:
+        if batch is not None and grows:
             x = x[torch.arange(batch, device=x.device) % x.shape[0]]
         if not x.is_floating_point():
             return x
@@ -57,7 +60,7 @@ def probe(inputs: Sequence[Any], batch: int | None = None, seed: int = 0) -> tup
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu") * (spread or 1.0)
         return torch.empty_like(x).copy_(noise + float(x.detach().double().mean()))  # in the example's memory format
 
-    return tuple(one(x) for x in inputs)
+    return tuple(map(one, inputs, grows if grows is not None else [True] * len(inputs)))
 
 
 def reference(flat_gm: fx.GraphModule, inputs: Sequence[Any]) -> Reference:

@@ -155,6 +155,7 @@ def _compute(gm: fx.GraphModule, node: fx.Node) -> None:
     constant.meta["val"] = node.meta["val"]
     node.replace_all_uses_with(constant)
     gm.graph.erase_node(node)
+    _unshare(gm, constant)
 
 
 def _constant_name(gm: fx.GraphModule, node: fx.Node) -> str:
@@ -162,7 +163,7 @@ def _constant_name(gm: fx.GraphModule, node: fx.Node) -> str:
     sources = [n for n in _ancestors(node) if n.op == "get_attr"]
     if not sources:
         return free_name(gm, f"{owner(node)}.{operator_name(node)}")
-    largest = max(sources, key=lambda n: get_tensor(gm, str(n.target)).numel())
+    largest = max(sources, key=lambda n: (get_tensor(gm, str(n.target)).numel(), str(n.target).endswith("_orig")))
     return free_name(gm, str(largest.target).removesuffix("_orig"))
 
 

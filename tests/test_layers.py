@@ -17,7 +17,7 @@ OUTSIDE = {"models", "passes", "tests", "tools"}  # not in the wheel, or not und
 ORDER = (
     ("errors",), ("ir",), ("rules",), ("analysis",), ("kernels",), ("formats",), ("passes",), ("backend",),
     ("verify", "measure"), ("picture",), ("report",), ("package",), ("contest", "explain", "module"),
-    ("arguments", "loading"), ("compiler",), ("fxsparse",), ("named", "progress"), ("demo",), ("cli",),
+    ("arguments", "loading"), ("compiler",), ("dynamo",), ("fxsparse",), ("named", "progress"), ("demo",), ("cli",),
 )  # fmt: skip
 MAY_USE = {room: {below for line in ORDER[:i] for below in line} for i, line in enumerate(ORDER) for room in line}
 MAY_USE["picture"] = set()

@@ -35,7 +35,7 @@ def capture(model: nn.Module, args: tuple[Any, ...], masks: Masks, *, dynamic_ba
     module = program.module(check_guards=False) if known else program.module()
     _refuse_subgraphs(module, model)
     gm = clone(module)
-    _drop_assertions(gm)
+    drop_assertions(gm)
     _refuse_random(gm, model)
     _own(gm)
     _apply(gm, masks, model)
@@ -146,7 +146,7 @@ def _refuse_subgraphs(gm: nn.Module, model: nn.Module) -> None:
 
 def _refuse_random(gm: fx.GraphModule, model: nn.Module) -> None:
     for node in gm.graph.nodes:
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and _draws(node):
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and draws(node):
             got = f"the random operator {operator_name(node)} in {owner(node)}"
             raise _cannot(
                 model,
@@ -167,7 +167,7 @@ def _run_once(gm: fx.GraphModule, model: nn.Module, args: tuple[Any, ...], dynam
         raise explained from None
 
 
-def _draws(node: fx.Node) -> bool:
+def draws(node: fx.Node) -> bool:
     """Dropout and its kin draw nothing at inference or with probability 0."""
     names = {p.name for p in node.target._schema.arguments}  # type: ignore[union-attr]
     training = [bool(arg(node, n)) for n in ("train", "training") if n in names]
@@ -199,7 +199,8 @@ def _first_line(error: Exception) -> str:
     return lines[0][:300] if lines else "(no message)"
 
 
-def _drop_assertions(gm: fx.GraphModule) -> None:
+def drop_assertions(gm: fx.GraphModule) -> None:
+    """Erase the checks of dtypes and devices that tracing leaves behind."""
     for node in list(gm.graph.nodes):
         if node.target is aten._assert_tensor_metadata.default:
             gm.graph.erase_node(node)
