@@ -7,11 +7,12 @@
 // so the codes of a few quads lie in one register and are shifted through. No gather, no expansion: the weights are
 // read as they are stored, N / 4 of the dense bytes and two bits each, which is what counts when few tokens share them.
 //
-// Compiled once for the machine's widest vectors (16, 8 or 1 floats) by fxsparse/kernels/build.py.
+// Compiled once for the machine's widest vectors (16 or 8 floats; without them by plain loops) by fxsparse/kernels/build.py.
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #if defined(__AVX2__)
@@ -43,49 +44,7 @@ inline void narrow(float v, BFloat16* to) {
     to->bits = v != v ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // ties to even
 }
 
-// A register of numbers, one of codes, and the four inputs of a quad ready to be picked from.
-template <typename F>
-struct Portable {
-    static constexpr int LANES = ROWS, TOKENS = 2;
-    struct Numbers {
-        F lane[ROWS];
-    };
-    struct Codes {
-        uint32_t lane[ROWS];
-    };
-    using Quad = const F*;
-    static Numbers zero() { return Numbers{}; }
-    template <typename W>
-    static Numbers load(const W* from) {
-        Numbers v;
-        for (int i = 0; i < ROWS; i++) v.lane[i] = widen(from[i]);
-        return v;
-    }
-    static Codes codes(const uint32_t* from) {
-        Codes c;
-        std::memcpy(&c, from, sizeof c);
-        return c;
-    }
-    static void next(Codes& c) {
-        for (int i = 0; i < ROWS; i++) c.lane[i] >>= 2;
-    }
-    static Quad quad(const F* x) { return x; }
-    static Numbers pick(Quad x, const Codes& c) {
-        Numbers v;
-        for (int i = 0; i < ROWS; i++) v.lane[i] = x[c.lane[i] & 3];
-        return v;
-    }
-    static Numbers add(Numbers a, const Numbers& b) {
-        for (int i = 0; i < ROWS; i++) a.lane[i] += b.lane[i];
-        return a;
-    }
-    static Numbers multiply_add(const Numbers& a, const Numbers& b, Numbers sum) {
-        for (int i = 0; i < ROWS; i++) sum.lane[i] += a.lane[i] * b.lane[i];
-        return sum;
-    }
-    static void store(F* to, const Numbers& v) { std::memcpy(to, &v, sizeof v); }
-};
-
+// Vectors of rows: a register of weights or sums, one of codes, and the four inputs of a quad ready to be picked from.
 #if defined(__AVX512F__)
 struct Float {
     static constexpr int LANES = 16, TOKENS = 8;
@@ -126,15 +85,30 @@ struct Float {
     static Numbers multiply_add(Numbers a, Numbers b, Numbers sum) { return _mm256_fmadd_ps(a, b, sum); }
     static void store(float* to, Numbers v) { _mm256_storeu_ps(to, v); }
 };
-#else
-using Float = Portable<float>;
 #endif
 
-// One group of rows times T tokens. F: what is multiplied in; W: what is stored; S: the vectors.
-//   values  W [quads, N, 16];  codes  [ceil(quads / (16 / N)), 16], 2 N bits for every quad;  x  F [T, 4 quads]
-template <typename S, typename F, typename W, int N, int T>
-inline void rows_times(const W* values, const uint32_t* codes, int64_t quads, const F* x, int64_t step,
-                       F (&y)[S::TOKENS][ROWS]) {
+// One group of rows times one token, without vector instructions of our own. F: what is multiplied in; W: what is stored.
+//   values  W [quads, N, 16];  codes  [ceil(quads / (16 / N)), 16], 2 N bits for every quad;  x  F [4 quads]
+template <typename F, typename W, int N>
+void rows_times_one(const W* values, const uint32_t* codes, int64_t quads, const F* x, F* y) {
+    constexpr int PER = 16 / N;
+    std::fill(y, y + ROWS, F(0));
+    for (int64_t first = 0; first < quads; first += CHAIN / N) {
+        F sum[ROWS] = {};
+        for (int64_t q = first; q < std::min(first + CHAIN / N, quads); q++)
+            for (int i = 0; i < N; i++)
+                for (int r = 0; r < ROWS; r++) {
+                    const uint32_t code = codes[q / PER * ROWS + r] >> (2 * (q % PER * N + i)) & 3;
+                    sum[r] += widen(values[(q * N + i) * ROWS + r]) * x[4 * q + code];
+                }
+        for (int r = 0; r < ROWS; r++) y[r] += sum[r];
+    }
+}
+
+#if defined(__AVX2__)
+// The same for T tokens at once, in vectors S.
+template <typename S, typename W, int N, int T>
+void rows_times(const W* values, const uint32_t* codes, int64_t quads, const float* x, int64_t step, float* y) {
     constexpr int V = ROWS / S::LANES, PER = 16 / N;         // registers for the rows; quads whose codes lie together
     constexpr int CHAINS = T == 1 ? 4 : T == 2 ? 2 : 1;      // sums that do not wait for each other
     constexpr int64_t BLOCK = CHAIN * CHAINS / N / PER * PER;  // quads between two additions to the total
@@ -153,7 +127,7 @@ inline void rows_times(const W* values, const uint32_t* codes, int64_t quads, co
             typename S::Codes code[V];
 #pragma GCC unroll 2
             for (int v = 0; v < V; v++) code[v] = S::codes(codes + q / PER * ROWS + v * S::LANES);
-            auto add_quad = [&](int k) __attribute__((always_inline)) {
+            auto add_quad = [&](int64_t k, int chain) __attribute__((always_inline)) {
                 typename S::Quad input[T];
 #pragma GCC unroll 8
                 for (int t = 0; t < T; t++) input[t] = S::quad(x + t * step + 4 * (q + k));
@@ -164,18 +138,19 @@ inline void rows_times(const W* values, const uint32_t* codes, int64_t quads, co
                         const auto weight = S::load(values + ((q + k) * N + i) * ROWS + v * S::LANES);
 #pragma GCC unroll 8
                         for (int t = 0; t < T; t++) {
-                            auto& to = sum[t][v][(k * N + i) % CHAINS];
+                            auto& to = sum[t][v][(chain * N + i) % CHAINS];
                             to = S::multiply_add(weight, S::pick(input[t], code[v]), to);
                         }
                         S::next(code[v]);
                     }
             };
-            if (q + PER <= last) {
-#pragma GCC unroll 16
-                for (int k = 0; k < PER; k++) add_quad(k);
-            } else {
-                for (int k = 0; k < last - q; k++) add_quad(k);
+            const int64_t together = std::min<int64_t>(PER, last - q);
+            int64_t k = 0;
+            for (; k + 4 <= together; k += 4) {
+#pragma GCC unroll 4
+                for (int c = 0; c < 4; c++) add_quad(k + c, c);
             }
+            for (; k < together; k++) add_quad(k, 0);
         }
 #pragma GCC unroll 8
         for (int t = 0; t < T; t++)
@@ -188,18 +163,35 @@ inline void rows_times(const W* values, const uint32_t* codes, int64_t quads, co
             }
     }
     for (int t = 0; t < T; t++)
-        for (int v = 0; v < V; v++) S::store(y[t] + v * S::LANES, total[t][v]);
+        for (int v = 0; v < V; v++) S::store(y + t * ROWS + v * S::LANES, total[t][v]);
 }
+#endif
 
-template <typename S, typename F, typename W, int N>
-void some_rows_times(int64_t tokens, const W* values, const uint32_t* codes, int64_t quads, const F* x, int64_t step,
-                     F (&y)[S::TOKENS][ROWS]) {
-#define CASE(T) \
-    case T: \
-        if constexpr (T <= S::TOKENS) rows_times<S, F, W, N, T>(values, codes, quads, x, step, y); \
-        break;
-    switch (tokens) { CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) }
-#undef CASE
+// One group of rows times up to TOKENS tokens: y [tokens, 16].
+#if defined(__AVX2__)
+constexpr int TOKENS = Float::TOKENS;
+
+template <typename W, int N, int T = 1>
+void group_times(int64_t tokens, const W* values, const uint32_t* codes, int64_t quads, const float* x, int64_t step,
+                 float* y) {
+    if (tokens == T) return rows_times<Float, W, N, T>(values, codes, quads, x, step, y);
+    if constexpr (T < TOKENS) group_times<W, N, T + 1>(tokens, values, codes, quads, x, step, y);
+}
+#else
+constexpr int TOKENS = 8;
+#endif
+
+#if defined(__AVX2__)
+template <typename W, int N>
+void group_times(int64_t tokens, const double* values, const uint32_t* codes, int64_t quads, const double* x,
+                 int64_t step, double* y) {
+#else
+template <typename W, int N, typename F>
+void group_times(int64_t tokens, const W* values, const uint32_t* codes, int64_t quads, const F* x, int64_t step,
+                 F* y) {
+#endif
+    for (int64_t t = 0; t < tokens; t++)
+        rows_times_one<std::remove_pointer_t<decltype(y)>, W, N>(values, codes, quads, x + t * step, y + t * ROWS);
 }
 
 }  // namespace
@@ -214,7 +206,7 @@ struct Problem {
 
 namespace {
 
-template <typename S, typename F, typename W, int N>
+template <typename F, typename W, int N>
 void multiply(const Problem& p, const W* x, W* y, const W* values, const uint32_t* codes, const W* bias) {
     const int64_t quads = p.columns / 4, groups = (p.rows + ROWS - 1) / ROWS;
     const int64_t values_of = quads * N * ROWS, codes_of = (quads * N + 15) / 16 * ROWS;
@@ -229,20 +221,20 @@ void multiply(const Problem& p, const W* x, W* y, const W* values, const uint32_
     }
 #pragma omp parallel for schedule(static) num_threads(p.threads)
     for (int64_t g = 0; g < groups; g++)
-        for (int64_t first = 0; first < p.tokens; first += S::TOKENS) {
-            const int64_t tokens = std::min<int64_t>(S::TOKENS, p.tokens - first), row = g * ROWS;
-            F sums[S::TOKENS][ROWS];
-            some_rows_times<S, F, W, N>(tokens, values + g * values_of, codes + g * codes_of, quads,
-                                        input + first * p.columns, p.columns, sums);
+        for (int64_t first = 0; first < p.tokens; first += TOKENS) {
+            const int64_t tokens = std::min<int64_t>(TOKENS, p.tokens - first), row = g * ROWS;
+            F sums[TOKENS * ROWS];
+            group_times<W, N>(tokens, values + g * values_of, codes + g * codes_of, quads, input + first * p.columns,
+                              p.columns, sums);
             for (int64_t t = 0; t < tokens; t++)
                 for (int64_t r = 0; r < std::min<int64_t>(ROWS, p.rows - row); r++)
-                    narrow(sums[t][r] + (bias ? widen(bias[row + r]) : F(0)), &y[(first + t) * p.rows + row + r]);
+                    narrow(sums[t * ROWS + r] + (bias ? widen(bias[row + r]) : F(0)), &y[(first + t) * p.rows + row + r]);
         }
 }
 
-template <typename S, typename F, typename W>
+template <typename F, typename W>
 void multiply(const Problem* p, const void* x, void* y, const void* values, const uint32_t* codes, const void* bias) {
-    auto run = p->n == 1 ? multiply<S, F, W, 1> : multiply<S, F, W, 2>;
+    auto run = p->n == 1 ? multiply<F, W, 1> : multiply<F, W, 2>;
     run(*p, static_cast<const W*>(x), static_cast<W*>(y), static_cast<const W*>(values), codes,
         static_cast<const W*>(bias));
 }
@@ -253,16 +245,16 @@ extern "C" {
 
 void fxsparse_n_m_f32(const Problem* p, const void* x, void* y, const void* values, const uint32_t* codes,
                       const void* bias) {
-    multiply<Float, float, float>(p, x, y, values, codes, bias);
+    multiply<float, float>(p, x, y, values, codes, bias);
 }
 
 void fxsparse_n_m_bf16(const Problem* p, const void* x, void* y, const void* values, const uint32_t* codes,
                        const void* bias) {
-    multiply<Float, float, BFloat16>(p, x, y, values, codes, bias);
+    multiply<float, BFloat16>(p, x, y, values, codes, bias);
 }
 
 void fxsparse_n_m_f64(const Problem* p, const void* x, void* y, const void* values, const uint32_t* codes,
                       const void* bias) {
-    multiply<Portable<double>, double, double>(p, x, y, values, codes, bias);
+    multiply<double, double>(p, x, y, values, codes, bias);
 }
 }
