@@ -8,12 +8,14 @@ from fxsparse.compiler import compile, plan
 from fxsparse.errors import CaptureError, FxSparseError, InputError, MaskError, TargetError, VerificationError
 from fxsparse.ir.masks import Masks
 from fxsparse.module import SparseModule
+from fxsparse.readers import Checkpoint, read
 from fxsparse.report import Report
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError",
+    "Checkpoint",
     "FxSparseError",
     "InputError",
     "MaskError",
@@ -24,4 +26,5 @@ __all__ = [
     "VerificationError",
     "compile",
     "plan",
+    "read",
 ]

@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_coarsen_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=_MODEL)
-    parser.add_argument("--masks", metavar="FILE", help=".safetensors file, one mask per parameter name, 1 = kept")
+    parser.add_argument("--masks", metavar="FILE", help="masks or a pruned checkpoint: see docs/readers.md")
     parser.add_argument("--weights", metavar="FILE", help="state dict, .safetensors or .pt (default: random weights)")
     parser.add_argument(
         "--method", metavar="NAME", required=True, help=f"how rows and columns are chosen: {', '.join(_METHODS)}"
@@ -141,7 +141,7 @@ def _add_coarsen_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=_MODEL)
-    parser.add_argument("--masks", metavar="FILE", help=".safetensors file, one mask per parameter name, 1 = kept")
+    parser.add_argument("--masks", metavar="FILE", help="masks or a pruned checkpoint: see docs/readers.md")
     parser.add_argument("--weights", metavar="FILE", help="state dict, .safetensors or .pt (default: random weights)")
     parser.add_argument(
         "--input", metavar="SHAPE", dest="shapes", type=load.parse_shape, action="append", default=[],
@@ -205,7 +205,7 @@ def _coarsen(arguments: argparse.Namespace) -> None:
         model = load.load_model(arguments.model)
         if arguments.weights is not None:
             load.load_weights(model, arguments.weights)
-        masks = fxsparse.Masks.load(arguments.masks) if arguments.masks else fxsparse.Masks.from_zeros(model)
+        masks = fxsparse.read(arguments.masks).masks if arguments.masks else fxsparse.Masks.from_zeros(model)
         masks = masks.check(model)
         options = _rows_of_a_group(arguments) | _pattern_options(arguments)
         if arguments.method == "n_m" and not arguments.masks:  # weights without zeros take part
@@ -272,7 +272,7 @@ def _load(arguments: argparse.Namespace) -> tuple[nn.Module, fxsparse.Masks | No
         )
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    masks = None if arguments.masks is None else fxsparse.Masks.load(arguments.masks)
+    masks = None if arguments.masks is None else fxsparse.read(arguments.masks).masks
     model = load.load_model(arguments.model)
     if arguments.weights is not None:
         load.load_weights(model, arguments.weights)
