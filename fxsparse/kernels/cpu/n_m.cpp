@@ -22,6 +22,7 @@
 namespace {
 
 constexpr int ROWS = 16;        // of a group: what is stored together, whatever the machine
+constexpr int64_t AHEAD_BYTES = 4096;  // values are fetched so far ahead: the processor itself stops at a page's end
 constexpr int64_t CHAIN = 160;  // products summed up in one go: rounding errors grow with the length
 
 struct BFloat16 {
@@ -132,10 +133,12 @@ void rows_times(const W* values, const uint32_t* codes, int64_t quads, const flo
 #pragma GCC unroll 8
                 for (int t = 0; t < T; t++) input[t] = S::quad(x + t * step + 4 * (q + k));
 #pragma GCC unroll 2
-                for (int i = 0; i < N; i++)
+                for (int i = 0; i < N; i++) {
+                    const W* at = values + ((q + k) * N + i) * ROWS;
+                    __builtin_prefetch(reinterpret_cast<const char*>(at) + AHEAD_BYTES);
 #pragma GCC unroll 2
                     for (int v = 0; v < V; v++) {
-                        const auto weight = S::load(values + ((q + k) * N + i) * ROWS + v * S::LANES);
+                        const auto weight = S::load(at + v * S::LANES);
 #pragma GCC unroll 8
                         for (int t = 0; t < T; t++) {
                             auto& to = sum[t][v][(chain * N + i) % CHAINS];
@@ -143,6 +146,7 @@ void rows_times(const W* values, const uint32_t* codes, int64_t quads, const flo
                         }
                         S::next(code[v]);
                     }
+                }
             };
             const int64_t together = std::min<int64_t>(PER, last - q);
             int64_t k = 0;
