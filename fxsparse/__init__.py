@@ -18,12 +18,14 @@ from fxsparse.ir.masks import Masks
 from fxsparse.ir.version import VERSION
 from fxsparse.loading import load
 from fxsparse.module import SparseModule
+from fxsparse.readers import Checkpoint, read
 from fxsparse.report import Report
 
 __version__ = VERSION
 
 __all__ = [
     "CaptureError",
+    "Checkpoint",
     "FxSparseError",
     "InputError",
     "MaskError",
@@ -36,4 +38,5 @@ __all__ = [
     "compile",
     "load",
     "plan",
+    "read",
 ]

@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 import fxsparse
 from fxsparse import named
 from fxsparse.backend import TARGETS
-from fxsparse.coarsen import Coarsened, partition, refill, refill_plus, regroup, shuffled_block
+from fxsparse.coarsen import Coarsened, n_m, partition, refill, refill_plus, regroup, shuffled_block
 from fxsparse.coarsen.page import page
 from fxsparse.contest import timings
 from fxsparse.errors import FxSparseError, InputError, VerificationError, near
@@ -28,6 +29,7 @@ from fxsparse.ir.files import replacing
 from fxsparse.measure import interleave
 from fxsparse.picture import data_uri, picture
 from fxsparse.progress import progress
+from fxsparse.prune import prunable
 
 _EXAMPLES = """\
 examples:
@@ -50,6 +52,7 @@ _METHODS: dict[str, Callable[..., Coarsened]] = {
     "regroup": regroup,
     "shuffled_block": shuffled_block,
     "partition": partition,
+    "n_m": n_m,
 }
 
 
@@ -126,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_coarsen_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=_MODEL)
-    parser.add_argument("--masks", metavar="FILE", help=".safetensors file, one mask per parameter name, 1 = kept")
+    parser.add_argument("--masks", metavar="FILE", help="masks or a pruned checkpoint: see docs/readers.md")
     parser.add_argument("--weights", metavar="FILE", help="state dict, .safetensors or .pt (default: random weights)")
     parser.add_argument(
         "--method", metavar="NAME", required=True, help=f"how rows and columns are chosen: {', '.join(_METHODS)}"
@@ -136,12 +139,20 @@ def _add_coarsen_arguments(parser: argparse.ArgumentParser) -> None:
         "--group-rows", metavar="N", type=_group_rows,
         help="rows that share columns: of a group, tile or block (default: the method's own, 32 or 16)",
     )  # fmt: skip
+    parser.add_argument(
+        "--pattern", metavar="N:M", type=_pattern,
+        help="of n_m: weights kept of how many neighboring input channels (default: 2:4)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--exclude", metavar="NAME", action="append", default=[],
+        help="of n_m: a module or parameter to leave as it is; may be given again",
+    )  # fmt: skip
     parser.add_argument("--html", metavar="FILE", type=_output_file, help="write a page with pictures of the masks")
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=_MODEL)
-    parser.add_argument("--masks", metavar="FILE", help=".safetensors file, one mask per parameter name, 1 = kept")
+    parser.add_argument("--masks", metavar="FILE", help="masks or a pruned checkpoint: see docs/readers.md")
     parser.add_argument("--weights", metavar="FILE", help="state dict, .safetensors or .pt (default: random weights)")
     parser.add_argument(
         "--input", metavar="SHAPE", dest="shapes", type=named.parse_shape, action="append", default=[],
@@ -231,9 +242,13 @@ def _coarsen(arguments: argparse.Namespace) -> None:
         model = named.load_model(arguments.model)
         if arguments.weights is not None:
             named.load_weights(model, arguments.weights)
-        masks = fxsparse.Masks.load(arguments.masks) if arguments.masks else fxsparse.Masks.from_zeros(model)
+        masks = fxsparse.read(arguments.masks).masks if arguments.masks else fxsparse.Masks.from_zeros(model)
         masks = masks.check(model)
-        found = method(dict(model.named_parameters()), masks, **_rows_of_a_group(arguments))
+        options = _rows_of_a_group(arguments) | _pattern_options(arguments)
+        if arguments.method == "n_m" and not arguments.masks:  # weights without zeros take part
+            ones = {name: torch.ones_like(w, dtype=torch.bool) for name, w in prunable(model).items()}
+            masks = fxsparse.Masks({**ones, **masks})
+        found = method(dict(model.named_parameters()), masks, **options)
     print(found)
     found.masks.save(arguments.out)
     if arguments.html is not None:
@@ -241,7 +256,7 @@ def _coarsen(arguments: argparse.Namespace) -> None:
         _write_text(arguments.html, text)
 
 
-def _rows_of_a_group(arguments: argparse.Namespace) -> dict[str, int]:
+def _rows_of_a_group(arguments: argparse.Namespace) -> dict[str, Any]:
     names = {"partition": "group_rows", "regroup": "row_tile", "shuffled_block": "block"}
     if arguments.group_rows is None:
         return {}
@@ -251,6 +266,25 @@ def _rows_of_a_group(arguments: argparse.Namespace) -> dict[str, int]:
             do="Leave it out: whole rows are kept, not groups.",
         )  # fmt: skip
     return {names[arguments.method]: arguments.group_rows}
+
+
+def _pattern_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    given = {"--pattern": arguments.pattern, "--exclude": arguments.exclude}
+    flags = [flag for flag, value in given.items() if value]
+    if arguments.method == "n_m":
+        n, m = arguments.pattern or (2, 4)
+        return {"n": n, "m": m, "exclude": arguments.exclude}
+    if flags:
+        raise InputError(flags[0], expected="it with n_m", got=f"it with {arguments.method}",
+                         do="Leave it out: the other methods keep row groups.")  # fmt: skip
+    return {}
+
+
+def _pattern(text: str) -> tuple[int, int]:
+    n, colon, m = text.partition(":")
+    if not colon:
+        raise InputError("--pattern", expected="N:M", got=repr(text), do="For example: --pattern 2:4")
+    return _whole_number("--pattern", n, least=1), _whole_number("--pattern", m, least=2)
 
 
 def _draw(mask: Tensor) -> str:
@@ -275,7 +309,7 @@ def _load(arguments: argparse.Namespace) -> tuple[nn.Module, fxsparse.Masks | No
         )
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    masks = None if arguments.masks is None else fxsparse.Masks.load(arguments.masks)
+    masks = None if arguments.masks is None else fxsparse.read(arguments.masks).masks
     model = named.load_model(arguments.model)
     if arguments.weights is not None:
         named.load_weights(model, arguments.weights)

@@ -30,6 +30,7 @@ from fxsparse.measure import LayerTimes, cpu_name
 from fxsparse.module import Build, SparseModule
 from fxsparse.passes import STORAGE, STRUCTURE, Context, canonicalize, name_of
 from fxsparse.passes import run as run_passes
+from fxsparse.readers import read
 from fxsparse.report import Report, Row
 from fxsparse.verify import Reference, check, probe, reference
 
@@ -104,14 +105,14 @@ def compile(
 ) -> SparseModule:
     """The masked model as a module that computes the same function, faster. `model` is not modified.
 
-    masks           Masks, a dict by parameter name (bool, uint8 or float 0/1), a .safetensors path, or None: then zeros
-                    in the weights and torch.nn.utils.prune masks are found
+    masks           Masks, a dict by parameter name (bool, uint8 or float 0/1), a path of anything that `fxsparse.read`
+                    reads, or None: then zeros in the weights and torch.nn.utils.prune masks are found
     target          "inductor" (default) or "eager"
     example_inputs  positional inputs with the batch in dimension 0; None: compile at the first call
     dynamic_batch   accept any batch size
     formats         how the remaining weights are stored. "auto": dense or a sparse format, whichever is measured faster
                     (or, with measure=False, holds clearly less); "dense": always dense; a format's name,
-                    "shuffled_block": wherever it fits, whatever the time
+                    "shuffled_block" or "n_m": wherever it fits, whatever the time
     verify          "end": compare with the masked model once; "each": after every pass, naming the one that broke it;
                     "off"
     measure         time the result against the best dense build, and return that build when it is faster
@@ -318,7 +319,7 @@ def as_masks(masks: MaskSource) -> Masks:
     if masks is None or isinstance(masks, Masks):
         return masks or Masks()
     if isinstance(masks, (str, os.PathLike)):
-        return Masks.load(masks)
+        return read(masks).masks
     if not isinstance(masks, Mapping):
         raise InputError("masks", expected="Masks, a dict by parameter name, a path or None", got=type(masks).__name__,
                          do="For zeros that are already in the weights, leave masks out.")  # fmt: skip

@@ -7,6 +7,7 @@ median over rounds of their ratio within a round.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -21,6 +22,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from fxsparse.formats import n_m_op
+from fxsparse.formats.n_m import NM
 from fxsparse.formats.shuffled_block import ShuffledBlock
 from fxsparse.formats.shuffled_block_op import multiply, pair
 from fxsparse.ir.files import replacing
@@ -121,9 +124,9 @@ class LayerTimes:
         """Seconds for `node` with a weight of `rows` x `columns` (x taps), at the batch given."""
         return self._look_up(_Case.of(node, rows, columns, self.batch))
 
-    def of_format(self, node: fx.Node, packed: ShuffledBlock) -> float:
+    def of_format(self, node: fx.Node, packed: object) -> float:
         """Seconds for `node` with its weight packed and its rows in order, at the batch given."""
-        return self._look_up(_packed_case(node, packed, self.batch))
+        return self._look_up(_packed_case(packed, node, self.batch))
 
     def _look_up(self, case: _Case) -> float:
         key = str(case.key)
@@ -171,12 +174,32 @@ class _Case:
         shape = concrete(val, batch)
         if node.target is aten.linear.default:
             shape[-1] = columns
-            key = ("linear", tuple(shape), rows, str(weight.dtype), str(weight.device))
+            key = ("linear or onednn", tuple(shape), rows, str(weight.dtype), str(weight.device))
             return _Case(key, lambda: _linear(_ones(shape, weight), _ones([rows, columns], weight)))
         return _convolution(node, shape, weight, rows, columns)
 
 
-def _packed_case(node: fx.Node, packed: ShuffledBlock, batch: int) -> _Case:
+@functools.singledispatch
+def _packed_case(packed: object, node: fx.Node, batch: int) -> _Case:
+    """What is timed of `node` with a weight packed in one of the formats."""
+    raise NotImplementedError(type(packed).__name__)
+
+
+@_packed_case.register
+def _n_m_case(packed: NM, node: fx.Node, batch: int) -> _Case:
+    val = cast(fx.Node, node.args[0]).meta["val"]
+    shape = concrete(val, batch)
+    key = ("n_m", digest("n_m"), tuple(shape), packed.shape, packed.n, packed.m, str(val.dtype))
+
+    def make() -> Callable[[], object]:
+        x = _ones(shape, val)
+        return lambda: n_m_op.multiply(packed, x)
+
+    return _Case(key, make)
+
+
+@_packed_case.register
+def _shuffled_block_case(packed: ShuffledBlock, node: fx.Node, batch: int) -> _Case:
     val = cast(fx.Node, node.args[0]).meta["val"]
     shape = concrete(val, batch)
     geometry: dict[str, Any] = {}
@@ -200,7 +223,22 @@ def _ones(shape: Sequence[int], like: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, w: Tensor) -> Callable[[], object]:
-    return lambda: torch.nn.functional.linear(x, w)
+    """The faster of PyTorch's own product and oneDNN's with packed weights: Inductor may call either."""
+    calls = (lambda: torch.nn.functional.linear(x, w), onednn_linear(x, w))
+    return min((call for call in calls if call is not None), key=lambda call: min(_time_ms(call) for _ in range(4)))
+
+
+def onednn_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Callable[[], object] | None:
+    """OneDNN with packed weights, as Inductor calls it; None where oneDNN has no such kernel."""
+    usable = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel()
+    if not usable or not torch.backends.mkldnn.is_available():
+        return None
+    if x.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    with torch.no_grad():
+        packed = torch.ops.mkldnn._reorder_linear_weight(w, x.numel() // x.shape[-1])
+    call = torch.ops.mkldnn._linear_pointwise.default
+    return lambda: call(x, packed, bias, "none", [], "")
 
 
 def _convolution(node: fx.Node, shape: list[int], weight: Tensor, rows: int, columns: int) -> _Case:

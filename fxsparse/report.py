@@ -188,6 +188,11 @@ def duration(value: float | None) -> str:
     return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
 
 
+def format_name(stored: str) -> str:
+    """A format as it is written in tables: "shuffled block", "n:m"."""
+    return "n:m" if stored == "n_m" else stored.replace("_", " ")
+
+
 def percent(after: float, before: float) -> str:
     """What is left: 45%; never 0% or 100% when it is not exactly that. Empty when there was nothing."""
     if not before:
@@ -263,7 +268,7 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[str]]:
         "density": lambda row: f"{row.density:.3f}",
         "rows\nremoved": lambda row: str(row.rows_removed or ""),
         "columns\nremoved": lambda row: str(row.columns_removed or ""),
-        "stored as": lambda row: row.stored.replace("_", " ") if any(r.stored != "dense" for r in rows) else "",
+        "stored as": lambda row: format_name(row.stored) if any(r.stored != "dense" for r in rows) else "",
         "params": lambda row: f"{count(row.params_after)} {percent(row.params_after, row.params_before):>4}",
         "MACs": lambda row: f"{count(row.macs_after)} {percent(row.macs_after, row.macs_before):>4}",
         "dense\nus": lambda row: duration(row.dense_us),

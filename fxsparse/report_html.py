@@ -14,7 +14,7 @@ from fxsparse.errors import InputError
 from fxsparse.ir.decision import Plan
 from fxsparse.ir.files import replacing
 from fxsparse.picture import PIXELS, data_uri, picture
-from fxsparse.report import Report, Row, count, duration, percent, reasons, shape_change, short_names
+from fxsparse.report import Report, Row, count, duration, format_name, percent, reasons, shape_change, short_names
 
 _PICTURES = 24
 _BARS = 40
@@ -246,7 +246,11 @@ def _weight_table(rows: Sequence[Row]) -> str:
         _Column("density", lambda row: f"{row.density:.3f}"),
         _Column("rows removed", lambda row: str(row.rows_removed or "")),
         _Column("columns removed", lambda row: str(row.columns_removed or "")),
-        _Column("stored as", lambda row: "" if row.stored == "dense" else row.stored.replace("_", " "), number=False),
+        _Column(
+            "stored as",
+            lambda row: "" if row.stored == "dense" else format_name(row.stored),
+            number=False,
+        ),
         _Column("parameters", lambda row: _left(row.params_after, row.params_before)),
         _Column("MACs", lambda row: _left(row.macs_after, row.macs_before)),
         _Column("dense \N{MICRO SIGN}s", lambda row: duration(row.dense_us)),

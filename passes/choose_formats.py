@@ -1,12 +1,14 @@
 """For every weight the fastest way to store it: dense, or a format of `fxsparse.formats`.
 
 A format is chosen when the layer, timed alone on this machine with the rows as the format wants them, is faster than
-the dense layer by a margin. Without a timer (a dry run) the number of stored elements decides instead, and the
-decision says so.
+the dense layer by a margin; of several formats the fastest. Without a timer (a dry run) the number of stored elements
+decides instead, and the decision says so.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import cast
 
 from torch import Tensor, fx
@@ -27,7 +29,8 @@ FORMAT, GROUPS = "fxsparse_format", "fxsparse_row_groups"  # keys of node.meta
 def plan(gm: fx.GraphModule, ctx: Context) -> list[Decision]:
     """One decision per layer and format that could store it."""
     layers = [n for n in gm.graph.nodes if n.op == "call_function" and is_layer(n) and FORMAT not in n.meta]
-    return [_decide(gm, node, FORMATS[name], ctx) for node in layers for name in ctx.formats]
+    found = (_best([_decide(gm, node, FORMATS[name], ctx) for name in ctx.formats]) for node in layers)
+    return [decision for of_layer in found for decision in of_layer]
 
 
 def apply(gm: fx.GraphModule, decision: Decision) -> None:
@@ -35,6 +38,17 @@ def apply(gm: fx.GraphModule, decision: Decision) -> None:
     node = cast(fx.Node, decision.data["node"])
     node.meta[FORMAT] = decision.data["format"]
     node.meta[GROUPS] = decision.data["groups"]
+
+
+def _best(decisions: Sequence[Decision]) -> list[Decision]:
+    """The decisions of one layer with at most one accepted: the fastest or, where nothing was timed, the smallest."""
+    accepted = [d for d in decisions if d.accepted]
+    if len(accepted) < 2:
+        return list(decisions)
+    best = min(accepted, key=lambda d: cast(float, d.data.get("sparse_us", d.data["share"])))
+    beaten = f"; {best.data['format']} is {'faster' if 'sparse_us' in best.data else 'smaller'}"
+    return [d if d is best or not d.accepted else dataclasses.replace(d, why=d.why + beaten, accepted=False)
+            for d in decisions]  # fmt: skip
 
 
 def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Decision:
@@ -47,11 +61,12 @@ def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Dec
     packed = fmt.pack(weight)
     share = packed.nse / weight.numel()
     if share >= 1:
-        return Decision("choose_formats", name, what, f"its blocks would hold {share:.0%} of the weight", False)
+        return Decision("choose_formats", name, what, f"it would hold {share:.0%} of the weight", False)
     data = {"node": node, "format": fmt.name, "groups": packed.row_groups, "packed": packed, "share": share}
     if ctx.time_format is None or ctx.time_layer is None or ctx.force_formats:
-        accepted = share < MODELLED or ctx.force_formats
-        return Decision("choose_formats", name, what, f"{share:.0%} of the work, not timed", accepted, data)
+        why = "" if ctx.force_formats else fmt.why_not_untimed(node)
+        accepted = (share < MODELLED and not why) or ctx.force_formats
+        return Decision("choose_formats", name, what, why or f"{share:.0%} of the work, not timed", accepted, data)
     dense_us = ctx.time_layer(node, *_widths(weight)) * 1e6
     sparse_us = ctx.time_format(node, packed) * 1e6
     faster = sparse_us < FASTER * dense_us

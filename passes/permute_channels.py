@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from fxsparse.analysis.axes import Numbering, numberings
+from fxsparse.formats import FORMATS
 from fxsparse.ir.decision import Decision
 from fxsparse.ir.graph import concrete, get_tensor, owner, replace_weight
 from fxsparse.passes.choose_formats import FORMAT, GROUPS
@@ -28,7 +29,10 @@ def plan(gm: fx.GraphModule, ctx: Context) -> list[Decision]:
     writers: dict[Numbering, list[fx.Node]] = {}
     for node in gm.graph.nodes:
         if FORMAT in node.meta and node.op == "call_function":
-            writers.setdefault(found[cast(fx.Node, node.args[1]), 0], []).append(node)
+            weight = cast(fx.Node, node.args[1])
+            writers.setdefault(found[weight, 0], []).append(node)
+            if FORMATS[node.meta[FORMAT]].reads_in_order:
+                found[weight, 1].hold(f"{owner(node)} is stored by which of its columns are neighbors")
     for numbering in writers:
         if numbering.follows is not None:  # its order is another's: it cannot have one of its own, nor be given one
             numbering.hold("its channels are those of a flattened tensor")

@@ -76,3 +76,19 @@ def test_every_row_says_where_it_comes_from() -> None:
         low, _, high = row["builds_ms"][row["best_dense"]]
         assert low <= row["dense_ms"] <= high
         assert len([name for name in row["builds_ms"] if name.startswith("dense")]) == 5
+
+
+@pytest.mark.parametrize("page", ["n_m", "readers"])
+def test_a_page_s_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    for block in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(block, names)
+    assert isinstance(names["fast"], fxsparse.SparseModule)
+
+
+def test_the_table_of_two_four_layers_is_the_committed_rows() -> None:
+    text = (ROOT / "docs" / "n_m.md").read_text(encoding="utf-8")
+    shown = text.split("<!-- n_m: begin -->")[1].split("<!-- n_m: end -->")[0].strip()
+    assert shown == layers.n_m_table(bench.load_rows("n_m")).strip()

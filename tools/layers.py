@@ -2,6 +2,9 @@
 
     python -m tools.layers --threads 1 --out tools/rows/layers/NAME.jsonl
     python -m tools.layers --table                                       # docs/architecture.md's table
+    python -m tools.layers --format n_m --out tools/rows/n_m/NAME.jsonl  # linear layers, 2:4 (--table: docs/n_m.md's)
+
+A linear layer is compared with the fastest of PyTorch's product, oneDNN's and MKL's with packed weights.
 
 `rate` is the share of the ideal: speedup x density. A network gains less than its layers: see tools/bench.py.
 """
@@ -13,17 +16,21 @@ import json
 import platform
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
+from torch import Tensor
 
+from fxsparse.coarsen import n_m
+from fxsparse.formats.n_m import pack as pack_n_m
+from fxsparse.formats.n_m_op import multiply as multiply_n_m
 from fxsparse.formats.shuffled_block import pack
 from fxsparse.formats.shuffled_block_op import multiply
-from fxsparse.measure import cpu_name, interleave, onednn_convolution
+from fxsparse.measure import Runs, cpu_name, interleave, onednn_convolution, onednn_linear
 from tools.bench import ROWS, git, load_rows
 from tools.block_recipes import block_mask
 
@@ -32,6 +39,8 @@ LAYERS = (
     (64, 64, 56, 3, 1), (128, 128, 28, 3, 1), (256, 256, 14, 3, 1), (512, 512, 7, 3, 1), (256, 512, 28, 3, 2),
     (64, 64, 224, 3, 1), (256, 64, 56, 1, 1), (64, 256, 56, 1, 1), (1024, 256, 14, 1, 1), (512, 2048, 7, 1, 1),
 )  # fmt: skip
+LINEAR = ((768, 768), (768, 3072), (3072, 768), (4096, 4096), (4096, 11008))  # input features, output features
+TOKENS = (1, 2, 4, 8)  # that share the weights
 KINDS = ((64, 0.5), (64, 0.26), (64, 0.1), (32, 0.26), (16, 0.26))  # rows of a group, density
 
 
@@ -40,21 +49,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.layers", description="See the module's text.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--format", choices=("shuffled_block", "n_m"), default="shuffled_block")
     parser.add_argument("--out", type=Path, help="append rows here (default: print only)")
     parser.add_argument("--table", action="store_true", help=f"print the rows in {ROWS.name}/layers")
     arguments = parser.parse_args(argv)
     if arguments.table:
-        print(table(load_rows("layers")))
+        print(n_m_table(load_rows("n_m")) if arguments.format == "n_m" else table(load_rows("layers")))
         return 0
     torch.set_num_threads(arguments.threads)
-    for layer in LAYERS:
-        for rows, density in KINDS:
-            line = json.dumps(_row(layer, rows, density, arguments))
-            print(line, flush=True)
-            if arguments.out is not None:
-                arguments.out.parent.mkdir(parents=True, exist_ok=True)
-                with arguments.out.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
+    blocks = (_row(layer, *kind, arguments) for layer in LAYERS for kind in KINDS)
+    dtypes = (torch.float32, torch.bfloat16)
+    two_four = (_n_m_row(sizes, n, dtype, arguments) for dtype in dtypes for sizes in LINEAR for n in TOKENS)
+    for row in two_four if arguments.format == "n_m" else blocks:
+        line = json.dumps(row)
+        print(line, flush=True)
+        if arguments.out is not None:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            with arguments.out.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
     return 0
 
 
@@ -74,15 +86,52 @@ def _row(
         raise SystemExit("tools.layers compares with oneDNN on a CPU, and this build of torch has none")
     geometry: dict[str, Any] = {"stride": [stride] * 2, "padding": [padding] * 2}
     runs = interleave({"dense": dense, "packed": lambda: multiply(packed, inside, **geometry)}, seconds=0.5)
-    speedup = statistics.median(runs.ratios("dense", "packed"))
+    command = f"python -m tools.layers --threads {arguments.threads} --batch {arguments.batch}"
     return {
         "layer": f"{ins}->{outs} {kernel}x{kernel} /{stride} at {side}", "rows": rows, "density": density,
-        "batch": arguments.batch, "threads": arguments.threads, "dense_us": round(runs.median("dense") * 1e3, 1),
+        "batch": arguments.batch, **_measured(runs, "dense", density, arguments, command),
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def _n_m_row(sizes: tuple[int, int], tokens: int, dtype: torch.dtype, arguments: argparse.Namespace) -> dict[str, Any]:
+    ins, outs = sizes
+    weight = torch.randn(outs, ins, generator=torch.Generator().manual_seed(0))
+    weight = (weight * n_m({"": weight}, {"": torch.ones_like(weight)}).masks[""]).to(dtype)
+    packed = pack_n_m(weight, 2, 4)
+    x = torch.randn(tokens, ins, generator=torch.Generator().manual_seed(1)).to(dtype)
+    dense: dict[str, Callable[[], object] | None] = {
+        "torch": lambda: torch.nn.functional.linear(x, weight),
+        "onednn": onednn_linear(x, weight),
+        "mkl": _mkl(x, weight),
+    }  # fmt: skip
+    builds = {name: call for name, call in dense.items() if call is not None}
+    runs = interleave({**builds, "packed": lambda: multiply_n_m(packed, x)}, seconds=1.0)
+    command = f"python -m tools.layers --format n_m --threads {arguments.threads}"
+    return {
+        "layer": f"{ins}->{outs}", "tokens": tokens, "dtype": str(dtype).removeprefix("torch."),
+        "pattern": "2:4", "best_dense": runs.fastest(list(builds)),
+        **_measured(runs, runs.fastest(list(builds)), 0.5, arguments, command),
+    }  # fmt: skip
+
+
+def _mkl(x: Tensor, weight: Tensor) -> Callable[[], object] | None:
+    """MKL's product with packed weights, as Inductor calls it."""
+    if x.dtype != torch.float32 or not torch.backends.mkl.is_available():
+        return None
+    packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, len(x))
+    return lambda: torch.ops.mkl._mkl_linear(x, packed, weight, None, len(x))
+
+
+def _measured(runs: Runs, dense: str, density: float, arguments: argparse.Namespace, command: str) -> dict[str, Any]:
+    """What every row says of its runs, and where it comes from."""
+    speedup = statistics.median(runs.ratios(dense, "packed"))
+    return {
+        "threads": arguments.threads, "dense_us": round(runs.median(dense) * 1e3, 1),
         "packed_us": round(runs.median("packed") * 1e3, 1), "speedup": round(speedup, 3),
-        "rate": round(speedup * density, 3), "rounds": len(runs.ms["dense"]),
+        "rate": round(speedup * density, 3), "rounds": len(runs.ms["packed"]),
         "machine": f"{cpu_name()}, {platform.machine()}", "versions": {"torch": torch.__version__},
-        "commit": git("rev-parse", "--short", "HEAD"), "date": date.today().isoformat(),
-        "command": f"python -m tools.layers --threads {arguments.threads} --batch {arguments.batch}",
+        "commit": git("rev-parse", "--short", "HEAD"), "date": date.today().isoformat(), "command": command,
     }  # fmt: skip
 
 
@@ -92,8 +141,24 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     for r in rows:
         cells = lines.setdefault((r["layer"], str(r["threads"])), {})
         cells[f"R {r['rows']}, {r['density']}"] = f"{r['speedup']:.2f} ({r['rate']:.2f})"
+    return _drawn(lines, ["layer", "threads"], rows)
+
+
+def n_m_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """One line per layer, dtype and number of threads, one column per number of tokens: speedup."""
+    lines: dict[tuple[str, ...], dict[str, str]] = {}
+    for r in rows:
+        cells = lines.setdefault((r["layer"], r["dtype"], str(r["threads"])), {})
+        cells[f"{r['tokens']} token" + "s" * (r["tokens"] > 1)] = f"{r['speedup']:.2f}"
+    return _drawn(lines, ["layer", "dtype", "threads"], rows)
+
+
+def _drawn(
+    lines: Mapping[tuple[str, ...], Mapping[str, str]], keys: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> str:
+    """The table, and where its rows come from."""
     body = [[*key, *cells.values()] for key, cells in lines.items()]
-    heads = ["layer", "threads", *next(iter(lines.values()), {})]
+    heads = [*keys, *next(iter(lines.values()), {})]
     machines = sorted({f"{r['machine']}; torch {r['versions']['torch']}; {r['date']}; {r['command']}" for r in rows})
     return str(tabulate(body, heads, tablefmt="github", disable_numparse=True)) + "\n\n" + "\n".join(machines)
 

@@ -33,7 +33,7 @@ class Inductor(Target):
             )
 
     def formats(self, device: torch.device) -> tuple[str, ...]:
-        return ("shuffled_block",) if device.type == "cpu" else ()
+        return ("shuffled_block", "n_m") if device.type == "cpu" else ()
 
     def lower(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Runnable:
         import torch._inductor

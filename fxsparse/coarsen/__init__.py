@@ -5,6 +5,7 @@ from __future__ import annotations
 from fxsparse.coarsen.channel_features import channel_features
 from fxsparse.coarsen.cost import Cost
 from fxsparse.coarsen.coupled import coupled_weights
+from fxsparse.coarsen.n_m import n_m
 from fxsparse.coarsen.partition import partition
 from fxsparse.coarsen.refill import refill, refill_plus
 from fxsparse.coarsen.regroup import regroup
@@ -19,6 +20,7 @@ __all__ = [
     "RowGroup",
     "channel_features",
     "coupled_weights",
+    "n_m",
     "partition",
     "refill",
     "refill_plus",

@@ -28,10 +28,15 @@ class Format:
 
     name: str
     operator: torch._ops.OpOverload | None = None  # what `lower` calls
+    reads_in_order: bool = False  # whether it depends on which columns are neighbors: then they are not renumbered
 
     def why_not(self, node: fx.Node, weight: Tensor) -> str:
         """Why this convolution or linear node cannot be stored so, in a few words; empty when it can."""
         raise NotImplementedError
+
+    def why_not_untimed(self, node: fx.Node) -> str:
+        """Why it is not chosen where nothing is timed, although it holds less; empty when it may be."""
+        return ""
 
     def pack(self, weight: Tensor, groups: Sequence[NDArray[np.int64]] | None = None) -> Packed:
         """Store the nonzeros of `weight` [O, I, kH, kW] or [O, I]; `groups` as an earlier packing found them."""

@@ -1,0 +1,127 @@
+"""The operator `fxsparse::n_m`: a linear layer with an N:M weight.
+
+    n_m(x, values, codes, bias, shape, n, m) -> x @ w.T + bias
+
+x is [..., I], the result [..., O]; `shape` is [O, I]. 1:4 and 2:4 in float32, bfloat16 and float64 run the C++ kernel
+on a CPU; anything else unpacks the weight and runs dense. It has no gradient. The arrays are trusted: `NM` checked
+them. All else is checked here. On CUDA the layer becomes `fxsparse::semi_structured`, on torch's own 2:4 product.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, fx
+
+from fxsparse.errors import InputError
+from fxsparse.formats import semi_structured
+from fxsparse.formats.format import Format
+from fxsparse.formats.n_m import NM, misfits, pack, unpack
+from fxsparse.ir.graph import arg, aten, concrete, new_weight
+from fxsparse.kernels.cpu import n_m as kernel
+
+# Without a timer only layers whose weights few tokens share: with more, multiplying costs more than reading.
+FEW_TOKENS = {torch.float32: 4, torch.bfloat16: 1}
+_library = torch.library.Library("fxsparse", "FRAGMENT")
+_library.define(
+    "n_m(Tensor x, Tensor values, Tensor codes, Tensor? bias, int[] shape, int n, int m) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+n_m = torch.ops.fxsparse.n_m.default
+
+
+def multiply(packed: NM, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x @ w.T + bias` [..., O] for x [..., I]; bias [O] in the dtype of x. Raises InputError for what does not fit."""
+    return cast(Tensor, n_m(x, packed.values, packed.codes, bias, list(packed.shape), packed.n, packed.m))
+
+
+def _check(x: Tensor, bias: Tensor | None, shape: Sequence[int]) -> None:
+    if not x.dim() or x.shape[-1] != shape[1]:
+        raise _misfit("x", f"{shape[1]} columns in the last dimension", f"shape {tuple(x.shape)}")
+    if bias is not None and (list(bias.shape) != [shape[0]] or bias.dtype != x.dtype):
+        raise _misfit("bias", f"{x.dtype} [{shape[0]}]", f"{bias.dtype} {list(bias.shape)}")
+
+
+def _misfit(what: str, expected: str, got: str) -> InputError:
+    do = "x is [..., I], as for torch.nn.functional.linear with the weight [O, I]."
+    return InputError(f"{what} of an N:M product", expected=expected, got=got, do=do)
+
+
+def _fake(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, shape: list[int], n: int, m: int) -> Tensor:
+    _check(x, bias, shape)
+    return x.new_empty([*x.shape[:-1], shape[0]])
+
+
+def _cpu(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, shape: list[int], n: int, m: int) -> Tensor:
+    """The C++ kernel. Called once per layer: at batch 1 every microsecond here is seen in the whole network."""
+    if (n, m) not in kernel.PATTERNS or x.dtype not in kernel.DTYPES or values.dtype != x.dtype or not x.numel():
+        return reference(x, values, codes, bias, shape, n, m)
+    _check(x, bias, shape)
+    y = x.new_empty([*x.shape[:-1], shape[0]])
+    kernel.run(x.contiguous(), y, values, codes, None if bias is None else bias.contiguous())
+    return y
+
+
+def reference(
+    x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, shape: list[int], n: int, m: int
+) -> Tensor:
+    """The same in PyTorch's own operators, on any device and in any dtype."""
+    _check(x, bias, shape)
+    weight = unpack(NM(values.cpu(), codes.cpu(), (shape[0], shape[1]), n, m)).to(x)
+    return F.linear(x, weight, bias)
+
+
+torch.library.register_fake("fxsparse::n_m", _fake, lib=_library)
+_library.impl("n_m", reference, "CompositeExplicitAutograd")
+_library.impl("n_m", _cpu, "CPU")
+
+
+class NMFormat(Format):
+    """Linear layers, 2:4 or sparser, where reading the weights is what takes the time."""
+
+    name = "n_m"
+    reads_in_order = True
+
+    def why_not(self, node: fx.Node, weight: Tensor) -> str:
+        if node.target is not aten.linear.default:
+            return "only linear layers have this kernel"
+        if weight.dim() != 2 or not weight.numel():
+            return f"the weight has shape {tuple(weight.shape)}"
+        if weight.shape[1] % 4:
+            return f"{weight.shape[1]} columns are no multiple of 4"
+        if wrong := misfits(weight != 0, 2, 4):
+            return f"not 2:4: {wrong} of {weight.numel() // 4} groups of 4 columns keep more than 2"
+        if weight.device.type == "cuda":
+            return semi_structured.why_not(weight)
+        if weight.dtype not in kernel.DTYPES:
+            return f"the kernel has no {str(weight.dtype).removeprefix('torch.')}"
+        return ""
+
+    def why_not_untimed(self, node: fx.Node) -> str:
+        value = node.meta["val"]
+        tokens, few = math.prod(concrete(value)[:-1]), FEW_TOKENS.get(value.dtype, 0)
+        return f"{tokens} tokens share its weights: only a timing can tell" if tokens > few else ""
+
+    def pack(self, weight: Tensor, groups: Sequence[NDArray[np.int64]] | None = None) -> NM:
+        """The sparser of 1:4 and 2:4; `groups` are of no use here, rows are stored in order."""
+        return pack(weight, 1 if misfits(weight != 0, 1, 4) == 0 else 2, 4)
+
+    def unpack(self, packed: NM) -> Tensor:
+        return unpack(packed)
+
+    def lower(self, gm: fx.GraphModule, node: fx.Node, packed: NM) -> fx.Node:
+        weight = cast(fx.Node, node.args[1])
+        device = weight.meta["val"].device
+        if device.type == "cuda":
+            return semi_structured.lower(gm, node, unpack(packed).to(device))
+        stored = [new_weight(gm, node, f"{weight.target}_{n}", getattr(packed, n)) for n in ("values", "codes")]
+        call: Any = gm.graph.call_function
+        with gm.graph.inserting_before(node):
+            x = call(aten.contiguous.default, (node.args[0],))
+            return cast(fx.Node, call(n_m, (x, *stored, arg(node, "bias"), list(packed.shape), packed.n, packed.m)))

@@ -1,0 +1,69 @@
+"""The operator `fxsparse::semi_structured`: a linear layer with a 2:4 weight on CUDA, by cuSPARSELt as torch calls it.
+
+    semi_structured(x, compressed, bias, rows) -> x @ w.T + bias
+
+`compressed` is what torch._cslt_compress makes of the weight. x is [..., I]; tokens are filled up to a multiple of 8,
+as the library asks. Not run on a GPU yet: `compile` uses it only when asked for by formats="n_m".
+Source: torch.sparse.SparseSemiStructuredTensorCUSPARSELT, without its tensor subclass.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
+
+from fxsparse.ir.graph import arg, aten, new_weight
+
+_library = torch.library.Library("fxsparse", "FRAGMENT")
+_library.define(
+    "semi_structured(Tensor x, Tensor compressed, Tensor? bias, int rows) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
+)
+semi_structured = torch.ops.fxsparse.semi_structured.default
+_SIZES = SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS
+_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def why_not(weight: Tensor) -> str:
+    """Why a 2:4 weight [O, I] on CUDA cannot be stored so; empty when it can."""
+    if not torch.backends.cusparselt.is_available():
+        return "this build of torch has no cuSPARSELt"
+    if weight.dtype not in _DTYPES:
+        return f"cuSPARSELt has no {str(weight.dtype).removeprefix('torch.')}"
+    least = _SIZES[weight.dtype]
+    rows, columns = least.sparse_min_rows, least.sparse_min_cols
+    if weight.shape[0] % rows or weight.shape[1] % columns:
+        return f"cuSPARSELt wants multiples of {rows} x {columns}, the weight has shape {tuple(weight.shape)}"
+    return ""
+
+
+def lower(gm: fx.GraphModule, node: fx.Node, weight: Tensor) -> fx.Node:
+    """Insert the operator before the linear `node`. `weight` is 2:4, on CUDA."""
+    name = cast(fx.Node, node.args[1]).target
+    stored = new_weight(gm, node, f"{name}_compressed", torch._cslt_compress(weight))
+    call: Any = gm.graph.call_function
+    with gm.graph.inserting_before(node):
+        x = call(aten.contiguous.default, (node.args[0],))
+        return cast(fx.Node, call(semi_structured, (x, stored, arg(node, "bias"), weight.shape[0])))
+
+
+def _cuda(x: Tensor, compressed: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    tokens = flat.shape[0]
+    if not tokens:
+        return x.new_empty([*x.shape[:-1], rows])
+    flat = F.pad(flat, (0, 0, 0, -tokens % _SIZES[x.dtype].dense_min_cols))
+    y = torch._cslt_sparse_mm(compressed, flat.t(), bias=bias, transpose_result=True)
+    return y[:tokens].reshape([*x.shape[:-1], rows]).contiguous()
+
+
+def _fake(x: Tensor, compressed: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    return x.new_empty([*x.shape[:-1], rows])
+
+
+torch.library.register_fake("fxsparse::semi_structured", _fake, lib=_library)
+_library.impl("semi_structured", _cuda, "CUDA")

@@ -1,0 +1,312 @@
+"""Files of other tools: what is in them comes out, and nothing in them runs."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils import prune
+
+import fxsparse
+from fxsparse import MaskError, Masks
+from fxsparse.formats.n_m import recognize
+from tests.test_n_m import n_m_mask
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(4, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32, 16), nn.Linear(16, 2))
+
+
+def pruned() -> nn.Sequential:
+    model = net()
+    prune.random_unstructured(model[0], "weight", 0.5)
+    prune.ln_structured(model[3], "weight", 0.25, n=2, dim=0)
+    prune.random_unstructured(model[3], "bias", 0.5)
+    return model
+
+
+def loads(checkpoint: fxsparse.Checkpoint, like: nn.Module) -> None:
+    """The weights belong to the plain model, and compute what the pruned one does."""
+    plain, x = net(), torch.randn(2, 4, 4, 4)
+    assert checkpoint.weights is not None
+    plain.load_state_dict(dict(checkpoint.weights))
+    with torch.no_grad():
+        assert torch.equal(plain(x), like(x))
+    checkpoint.masks.check(plain)
+
+
+# ------------------------------------------------------------ masks, prune, zeros, NNI
+
+
+@pytest.mark.parametrize("name", ["masks.safetensors", "masks.pt"])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.float32])
+def test_masks_by_parameter_name(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    masks = {"0.weight": torch.rand(8, 4, 3, 3) < 0.5, "3.weight": torch.ones(16, 32) > 0}
+    write = save_file if name.endswith("safetensors") else torch.save
+    write({n: m.to(dtype) for n, m in masks.items()}, tmp_path / name)
+    found = fxsparse.read(tmp_path / name)
+    assert (found.source, found.weights) == ("masks", None)
+    assert found.masks == Masks(masks)
+
+
+@pytest.mark.parametrize("name", ["state.safetensors", "state.pt"])
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
+def test_a_state_dict_under_torch_prune(tmp_path: Path, name: str, wrapper: str | None) -> None:
+    model = pruned()
+    state = {k: v.detach() for k, v in model.state_dict().items()}
+    if name.endswith("safetensors"):
+        save_file(state, tmp_path / name)
+    else:
+        torch.save(state if wrapper is None else {wrapper: state, "epoch": 3}, tmp_path / name)
+    found = fxsparse.read(tmp_path / name)
+    assert found.source == "torch.nn.utils.prune"
+    assert sorted(found.masks) == ["0.weight", "3.bias", "3.weight"]
+    assert torch.equal(found.masks["3.bias"], model[3].bias_mask.bool())
+    loads(found, model)
+    # the names fit the pruned model as well
+    assert found.masks.check(model) == Masks.from_prune(model)
+
+
+def test_a_dense_checkpoint_with_zeros(tmp_path: Path) -> None:
+    model = pruned()
+    for layer, parameter in ((model[0], "weight"), (model[3], "weight"), (model[3], "bias")):
+        prune.remove(layer, parameter)
+    torch.save(model.state_dict(), tmp_path / "dense.pt")
+    found = fxsparse.read(tmp_path / "dense.pt")
+    assert found.source == "zeros of a checkpoint"
+    assert found.masks == Masks({n: m for n, m in Masks.from_zeros(model).items() if n != "3.bias"})
+    loads(found, model)
+
+
+def test_statistics_and_counters_are_no_masks(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    with torch.no_grad():
+        model[0].weight[1] = 0
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    assert list(fxsparse.read(tmp_path / "m.pt").masks) == ["0.weight"]
+
+
+def test_masks_of_nni(tmp_path: Path) -> None:
+    weight, bias = torch.rand(8, 4, 3, 3) < 0.5, torch.rand(16) < 0.5
+    masks = {"0": {"weight": weight.float(), "bias": None},
+             "3": {"weight": torch.ones(16, 32), "bias": bias.float(), "_output_0": torch.ones(16)}}  # fmt: skip
+    torch.save(masks, tmp_path / "mask.pth")
+    found = fxsparse.read(tmp_path / "mask.pth")
+    assert (found.source, found.weights) == ("NNI masks", None)
+    assert found.masks == Masks({"0.weight": weight, "3.weight": torch.ones(16, 32), "3.bias": bias})
+    found.masks.check(net())
+
+
+# ------------------------------------------------------------ compressed-tensors
+
+
+def compressed(name: str, weight: Tensor, mask: Tensor, two_four: bool) -> dict[str, Tensor]:
+    """As the format's text has it, bit by bit."""
+    rows, columns = weight.shape
+    bits = np.zeros((rows, -(-columns // 8)), np.uint8)
+    for row, column in mask.nonzero().tolist():
+        bits[row, column // 8] |= 1 << column % 8
+    values = torch.stack([weight[r, c] for r, c in mask.nonzero().tolist()]) if mask.any() else weight.new_zeros(0)
+    counts = mask.sum(1)
+    shape = torch.tensor([rows, columns])
+    if two_four:
+        parts = {"compressed": values.view(rows, -1), "shape": shape.view(-1, 1)}
+    else:
+        parts = {"compressed": values, "shape": shape, "row_offsets": counts.cumsum(0) - counts}
+    parts["bitmask"] = torch.from_numpy(bits)
+    return {f"{name}.{part}": tensor for part, tensor in parts.items()}
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 21), st.floats(0, 1), st.integers(0, 99))
+def test_any_bitmask_is_read_exactly(tmp_path_factory: Any, rows: int, columns: int, density: float, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    weight, mask = torch.randn(rows, columns, generator=g), torch.rand(rows, columns, generator=g) < density
+    path = tmp_path_factory.mktemp("m") / "model.safetensors"
+    save_file(compressed("fc", weight, mask, two_four=False), path)
+    found = fxsparse.read(path)
+    assert found.source == "compressed-tensors"
+    assert torch.equal(found.masks["fc.weight"], mask)
+    assert found.weights is not None
+    assert torch.equal(found.weights["fc.weight"], weight * mask)
+
+
+@pytest.mark.parametrize("name", ["layers.0.fc", "layers.0.fc.weight"])  # compressed-tensors, SparseML
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_a_two_four_checkpoint(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+    mask = n_m_mask((16, 32), 2, 4, seed=3)
+    weight, bias = torch.randn(16, 32).to(dtype), torch.randn(16)
+    parts = {**compressed(name, weight.view(torch.uint8) if dtype.itemsize == 1 else weight, mask, two_four=True),
+             "layers.0.fc.bias": bias}  # fmt: skip
+    parts[f"{name}.compressed"] = parts[f"{name}.compressed"].view(dtype)
+    save_file(parts, tmp_path / "model.safetensors")
+    found = fxsparse.read(tmp_path / "model.safetensors")
+    assert found.masks == Masks({"layers.0.fc.weight": mask})
+    assert recognize(found.masks["layers.0.fc.weight"]) == (2, 4)
+    assert found.weights is not None
+    assert found.weights.keys() == {"layers.0.fc.weight", "layers.0.fc.bias"}
+    read = found.weights["layers.0.fc.weight"]
+    assert read.dtype == dtype
+    assert torch.equal(read.float(), weight.float() * mask)
+
+
+def test_a_folder_of_several_files_is_one_checkpoint(tmp_path: Path) -> None:
+    weight, mask = torch.randn(8, 16), n_m_mask((8, 16), 2, 4, seed=0)
+    parts = compressed("a", weight, mask, two_four=True)
+    save_file({"a.bitmask": parts.pop("a.bitmask")}, tmp_path / "model-00001-of-00002.safetensors")
+    save_file({**parts, "b.weight": torch.randn(2, 2)}, tmp_path / "model-00002-of-00002.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    found = fxsparse.read(tmp_path)
+    assert torch.equal(found.masks["a.weight"], mask)
+    assert found.weights is not None
+    assert found.weights.keys() == {"a.weight", "b.weight"}
+
+
+# ------------------------------------------------------------ refused
+
+
+class Marks:
+    """Unpickled, it would write a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_a_whole_model_is_not_unpickled(tmp_path: Path) -> None:
+    torch.save(net(), tmp_path / "model.pth")
+    with pytest.raises(
+        MaskError, match=r"a pickle of torch\.nn.modules.container.Sequential, which could run code"
+    ) as e:
+        fxsparse.read(tmp_path / "model.pth")
+    assert "One of Torch-Pruning has no masks" in e.value.do
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch"])
+def test_code_in_a_file_is_not_run(tmp_path: Path, how: str) -> None:
+    path, ran = tmp_path / "masks.pt", tmp_path / "ran"
+    content = {"w": Marks(ran)}
+    if how == "torch":
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(MaskError, match="could run code"):
+        fxsparse.read(path)
+    assert not ran.exists()
+
+
+REFUSED: dict[str, tuple[object, str]] = {
+    "channels cut out": ({"conv.weight": torch.ones(3, 3) / 2}, "a weight with a zero; got 1 tensors, none with zeros"),
+    "a list": ([torch.ones(3)], "expected tensors by name; got a list without names"),
+    "nothing": ({}, "expected tensors by name; got a dict without names"),
+    "numbers": ({"lr": 0.1, "epoch": 3}, "a dict with 'lr', 'epoch'"),
+    "two state dicts": ({"model": {"w": torch.ones(2)}, "state_dict": {"w": torch.ones(2)}, "e": 1}, "a dict with"),
+    "torch-pruning": ({"full_state_dict": {"": 1}, "attributions": {}}, "Torch-Pruning leaves no masks"),
+    "half of a prune state": (
+        {"a.weight_orig": torch.ones(2), "a.weight_mask": torch.ones(2), "b.weight_orig": torch.ones(2)},
+        "'b.weight_orig': expected its mask 'b.weight_mask', of the same shape; got none",
+    ),
+    "a mask of another shape": (
+        {"a.weight_orig": torch.ones(2), "a.weight_mask": torch.ones(3)}, r"got shapes \(2,\) and \(3,\)",
+    ),
+    "a mask that is no mask": (
+        {"a.weight_orig": torch.ones(2), "a.weight_mask": torch.tensor([0.5, 1])}, "expected only 0 and 1",
+    ),
+    "an activation of NNI": (
+        {"conv": {"weight": torch.ones(2), "_output_0": torch.zeros(2)}}, "got one of its activations, '_output_0'",
+    ),
+    "marlin": ({"fc.weight_packed": torch.ones(2).int(), "fc.meta": torch.ones(1)}, "quantized weights packed"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_holds_no_masks_is_refused(tmp_path: Path, what: str) -> None:
+    content, message = REFUSED[what]
+    torch.save(content, tmp_path / "file.pt")
+    with pytest.raises(MaskError, match=message):
+        fxsparse.read(tmp_path / "file.pt")
+
+
+DAMAGE: dict[str, Callable[[dict[str, Tensor]], object]] = {
+    "no shape": lambda p: p.pop("fc.shape"),
+    "no values": lambda p: p.pop("fc.compressed"),
+    "a value too few": lambda p: p.update({"fc.compressed": p["fc.compressed"][:-1]}),
+    "a bit too many": lambda p: p["fc.bitmask"].fill_(255),
+    "bits of another type": lambda p: p.update({"fc.bitmask": p["fc.bitmask"].int()}),
+    "another shape": lambda p: p["fc.shape"].copy_(torch.tensor([8, 16])),
+    "a huge shape": lambda p: p["fc.shape"].copy_(torch.tensor([2**40, 2**40])),
+    "a negative shape": lambda p: p["fc.shape"].neg_(),
+    "offsets of another weight": lambda p: p["fc.row_offsets"].add_(1),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_compressed_weight_is_refused(tmp_path: Path, what: str) -> None:
+    parts = compressed("fc", torch.randn(8, 24), torch.rand(8, 24) < 0.5, two_four=False)
+    DAMAGE[what](parts)
+    save_file(parts, tmp_path / "m.safetensors")
+    with pytest.raises(MaskError, match="'fc': expected values, bitmask and shape that fit each other; got "):
+        fxsparse.read(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("name", ["m.safetensors", "m.pt"])
+def test_a_missing_or_damaged_file_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    with pytest.raises(MaskError, match="got FileNotFoundError"):
+        fxsparse.read(path)
+    (save_file if name.endswith("safetensors") else torch.save)({"w": torch.ones(50, 50)}, path)
+    whole = path.read_bytes()
+    for cut in (0, 5, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(MaskError, match="expected a readable"):
+            fxsparse.read(path)
+
+
+def test_a_folder_must_hold_each_tensor_once(tmp_path: Path) -> None:
+    with pytest.raises(MaskError, match=r"a folder with .safetensors files; got none in it"):
+        fxsparse.read(tmp_path)
+    for name in "ab":
+        save_file({"w": torch.ones(2)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(MaskError, match="got 'w' in two of them"):
+        fxsparse.read(tmp_path)
+
+
+def test_a_zip_of_something_else_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "m.pt", "w") as file:
+        file.writestr("hello.txt", "hello")
+    with pytest.raises(MaskError, match="expected a readable"):
+        fxsparse.read(tmp_path / "m.pt")
+
+
+# ------------------------------------------------------------ used
+
+
+def test_compile_takes_any_of_these_files(tmp_path: Path) -> None:
+    model = pruned()
+    torch.save(model.state_dict(), tmp_path / "state.pt")
+    plain, x = net(), torch.randn(1, 4, 4, 4)
+    plain.load_state_dict(dict(fxsparse.read(tmp_path / "state.pt").weights or {}))
+    fast = fxsparse.compile(plain, tmp_path / "state.pt", target="eager", example_inputs=x, measure=False)
+    assert {row.name: row.rows_removed for row in fast.report.rows}["3.weight"] == 4
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x))
+
+
+def test_a_checkpoint_says_what_it_is(tmp_path: Path) -> None:
+    torch.save(pruned().state_dict(), tmp_path / "state.pt")
+    found = fxsparse.read(tmp_path / "state.pt")
+    assert repr(found).startswith("Checkpoint(torch.nn.utils.prune, Masks(3 parameters, sparsity 0.")
+    assert repr(found).endswith(", 6 tensors)")
