@@ -22,10 +22,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
-from fxsparse.formats import n_m_op
 from fxsparse.formats.n_m import NM
+from fxsparse.formats.n_m_op import n_m_into
 from fxsparse.formats.shuffled_block import ShuffledBlock
-from fxsparse.formats.shuffled_block_op import multiply, pair
+from fxsparse.formats.shuffled_block_op import multiply, pair, shuffled_block_into
 from fxsparse.ir.files import replacing
 from fxsparse.ir.graph import arg, aten, concrete
 from fxsparse.kernels.build import digest
@@ -192,8 +192,9 @@ def _n_m_case(packed: NM, node: fx.Node, batch: int) -> _Case:
     key = ("n_m", digest("n_m"), tuple(shape), packed.shape, packed.n, packed.m, str(val.dtype))
 
     def make() -> Callable[[], object]:
-        x = _ones(shape, val)
-        return lambda: n_m_op.multiply(packed, x)
+        x, out = _ones(shape, val), _ones([*shape[:-1], packed.shape[0]], val)
+        arguments = (x, packed.values, packed.codes, None, list(packed.shape), packed.n, packed.m, out)
+        return lambda: n_m_into(*arguments)
 
     return _Case(key, make)
 
@@ -213,7 +214,10 @@ def _shuffled_block_case(packed: ShuffledBlock, node: fx.Node, batch: int) -> _C
     def make() -> Callable[[], object]:
         x = _ones(shape, val)
         in_order = dataclasses.replace(packed, rows=torch.arange(len(packed.rows), dtype=torch.int32, device="cpu"))
-        return lambda: multiply(in_order, x, **geometry)
+        pairs = [list(geometry.get(n, p)) for n, p in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1)))]
+        out = multiply(in_order, x, **geometry)
+        arguments = (x, *in_order.tensors, None, None, list(packed.shape), *pairs, "none", out)
+        return lambda: shuffled_block_into(*arguments)
 
     return _Case(key, make)
 

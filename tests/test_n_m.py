@@ -18,7 +18,7 @@ import fxsparse
 from fxsparse.errors import InputError
 from fxsparse.formats import FORMATS, semi_structured
 from fxsparse.formats.n_m import NM, PATTERNS, columns_of, misfits, pack, recognize, unpack
-from fxsparse.formats.n_m_op import multiply, n_m, reference
+from fxsparse.formats.n_m_op import multiply, n_m, n_m_into, reference
 from fxsparse.ir.capture import capture
 from fxsparse.ir.decision import Decision
 from fxsparse.ir.masks import Masks
@@ -257,6 +257,40 @@ def test_the_operators_keep_the_rules_of_torch_library() -> None:
         tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
         torch.library.opcheck(n_m, arguments, test_utils=tests)
         torch.testing.assert_close(n_m(*arguments), reference(*arguments), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("n", [1, 2])
+def test_the_operator_in_cpp_gives_what_the_one_in_python_does(dtype: torch.dtype, n: int) -> None:
+    packed = pack(weight(37, 64, n, 4).to(dtype), n, 4)
+    for x, bias in ((torch.randn(3, 64), None), (torch.randn(64, 3).T, torch.randn(37))):
+        arguments = (x.to(dtype), packed.values, packed.codes, None if bias is None else bias.to(dtype), [37, 64], n, 4)
+        out = torch.full([*x.shape[:-1], 37], torch.nan, dtype=dtype)
+        n_m_into(*arguments, out)
+        assert torch.equal(out, n_m(*arguments))
+
+
+MISFITS: dict[str, dict[str, Any]] = {
+    "columns of x": {"x": torch.ones(2, 28)},
+    "dtype of x": {"x": torch.ones(2, 32).int()},
+    "another dtype than the values": {"x": torch.ones(2, 32).double()},
+    "a short bias": {"bias": torch.ones(19)},
+    "a short output": {"out": torch.ones(1, 20)},
+    "an output of another dtype": {"out": torch.ones(2, 20).double()},
+    "an output that is not contiguous": {"out": torch.ones(20, 2).T},
+    "values of another weight": {"shape": [40, 32], "out": torch.ones(2, 40)},
+    "another pattern": {"m": 8},
+}
+
+
+@pytest.mark.parametrize("what", MISFITS)
+def test_the_operator_in_cpp_refuses_what_it_would_read_past_the_end_of(what: str) -> None:
+    packed = pack(weight(20, 32, 2, 4), 2, 4)
+    good = {"x": torch.ones(2, 32), "values": packed.values, "codes": packed.codes, "bias": None, "shape": [20, 32],
+            "n": 2, "m": 4, "out": torch.ones(2, 20)}  # fmt: skip
+    n_m_into(**good)
+    with pytest.raises(RuntimeError, match=r"fxsparse::n_m: expected .*; got another"):
+        n_m_into(**good | MISFITS[what])
 
 
 # ------------------------------------------------------------ chosen

@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 import fxsparse
-from fxsparse import InputError, PackageError, SparseModule, TargetError
+from fxsparse import InputError, PackageError, SparseModule, TargetError, coarsen
 from fxsparse.formats import FORMATS, Format
 from fxsparse.formats.shuffled_block_op import shuffled_block
 from fxsparse.package import aoti, container
@@ -76,6 +76,7 @@ def cases() -> dict[str, tuple[SparseModule, tuple[Any, ...]]]:
         "shrunk": (compiled(Net(), last, masks=masks_of(Net())), (last,)),
         "packed": (packed(), (torch.randn(2, 3, 8, 8),)),
         "packed bfloat16": (packed_bfloat16(), (torch.randn(2, 3, 8, 8).bfloat16(),)),
+        "2:4": (two_of_four(), (torch.randn(2, 64),)),
         "constant": (compiled(Wrapped(constant), x), (x,)),
         "tied": (compiled(tied, x), (x,)),
         "nested": (compiled(Wrapped(nested), *many), many),
@@ -90,6 +91,12 @@ def cases() -> dict[str, tuple[SparseModule, tuple[Any, ...]]]:
 def packed_bfloat16() -> SparseModule:
     model = Of(lambda m, y: m["b"](m["a"](y).relu()), a=conv(3, 8), b=conv(8, 32)).bfloat16()
     return compiled(model, torch.randn(2, 3, 8, 8).bfloat16(), formats="shuffled_block")
+
+
+def two_of_four() -> SparseModule:
+    model = nn.Linear(64, 48)
+    masks = coarsen.n_m(dict(model.named_parameters()), fxsparse.Masks({"weight": torch.ones(48, 64).bool()})).masks
+    return compiled(model, torch.randn(2, 64), masks=masks, formats="n_m")
 
 
 def more(x: Any) -> Any:

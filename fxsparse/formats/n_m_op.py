@@ -29,11 +29,12 @@ from fxsparse.kernels.cpu import n_m as kernel
 # Without a timer only layers whose weights few tokens share: with more, multiplying costs more than reading.
 FEW_TOKENS = {torch.float32: 4, torch.bfloat16: 1}
 _library = torch.library.Library("fxsparse", "FRAGMENT")
-_library.define(
-    "n_m(Tensor x, Tensor values, Tensor codes, Tensor? bias, int[] shape, int n, int m) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
-)
+_ARGUMENTS = "Tensor x, Tensor values, Tensor codes, Tensor? bias, int[] shape, int n, int m"
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_library.define(f"n_m({_ARGUMENTS}) -> Tensor", tags=_TAGS)
+_library.define(f"n_m_into({_ARGUMENTS}, Tensor(a!) out) -> ()", tags=_TAGS)  # into memory that Inductor plans
 n_m = torch.ops.fxsparse.n_m.default
+n_m_into = torch.ops.fxsparse.n_m_into.default
 
 
 def multiply(packed: NM, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -68,6 +69,15 @@ def _cpu(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, shape: l
     return y
 
 
+def _into(x: Tensor, *arguments: Any) -> None:
+    """Until the kernel in C++ is there; on a CPU this call brings it, and takes it."""
+    if x.device.type == "cpu" and arguments[0].dtype == x.dtype in kernel.DTYPES:
+        kernel.register_operator()
+        n_m_into(x, *arguments)
+    else:
+        arguments[-1].copy_(n_m(x, *arguments[:-1]))
+
+
 def reference(
     x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, shape: list[int], n: int, m: int
 ) -> Tensor:
@@ -78,7 +88,9 @@ def reference(
 
 
 torch.library.register_fake("fxsparse::n_m", _fake, lib=_library)
+torch.library.register_fake("fxsparse::n_m_into", lambda *_: None, lib=_library)
 _library.impl("n_m", reference, "CompositeExplicitAutograd")
+_library.impl("n_m_into", _into, "CompositeExplicitAutograd")
 _library.impl("n_m", _cpu, "CPU")
 
 
@@ -86,6 +98,7 @@ class NMFormat(Format):
     """Linear layers, 2:4 or sparser, where reading the weights is what takes the time."""
 
     name = "n_m"
+    operator = n_m
     reads_in_order = True
 
     def why_not(self, node: fx.Node, weight: Tensor) -> str:
@@ -125,3 +138,11 @@ class NMFormat(Format):
         with gm.graph.inserting_before(node):
             x = call(aten.contiguous.default, (node.args[0],))
             return cast(fx.Node, call(n_m, (x, *stored, arg(node, "bias"), list(packed.shape), packed.n, packed.m)))
+
+    def check_call(self, arguments: Sequence[Any]) -> None:
+        values, codes, shape, (n, m) = arguments[1], arguments[2], arguments[4], arguments[5:7]
+        kinds = [getattr(a, "dtype", None) for a in (values, codes)]
+        known = kinds[0] in kernel.DTYPES and kinds[1] == torch.int32 and (n, m) in kernel.PATTERNS
+        if not known or len(shape) != 2:
+            raise _misfit("a stored array", "1:4 or 2:4 in a dtype of the kernel, codes in int32", f"{n}:{m}, {kinds}")
+        NM(values, codes, (shape[0], shape[1]), n, m)

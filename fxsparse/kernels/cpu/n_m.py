@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsparse.kernels.build import load
+from fxsparse.kernels.build import load, load_operators
 
 _NAMES = {torch.float32: "fxsparse_n_m_f32", torch.bfloat16: "fxsparse_n_m_bf16", torch.float64: "fxsparse_n_m_f64"}
 DTYPES = tuple(_NAMES)
@@ -29,6 +29,13 @@ def run(x: Tensor, y: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None
         _problem(sizes), x.data_ptr(), y.data_ptr(), values.data_ptr(), codes.data_ptr(),
         bias.data_ptr() if bias is not None else None,
     )  # fmt: skip
+
+
+@functools.cache
+def register_operator() -> None:
+    """Give `fxsparse::n_m_into` its kernel for the CPU, called from C++ without Python in between."""
+    kernels = load("n_m")
+    load_operators("n_m_torch").fxsparse_use_kernels(*(kernels[name] for name in _NAMES.values()))
 
 
 @functools.cache

@@ -1,0 +1,70 @@
+// `fxsparse::n_m_into` as torch's dispatcher calls it: checks the tensors, then runs n_m.cpp.
+//
+// Only torch's stable C++ interface is used; see shuffled_block_torch.cpp, which does the same for its format.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// As in n_m.cpp.
+struct Problem {
+    int64_t tokens, rows, columns, n, threads;
+};
+using Kernel = void (*)(const Problem*, const void* x, void* y, const void* values, const void* codes, const void* bias);
+
+Kernel float32_kernel = nullptr, bfloat16_kernel = nullptr, float64_kernel = nullptr;
+
+void expect(bool holds, const char* what) {
+    STD_TORCH_CHECK(holds, "fxsparse::n_m: expected ", what,
+                    "; got another. Call fxsparse.compile again with inputs like these.");
+}
+
+Kernel kernel_for(ScalarType dtype) {
+    switch (dtype) {
+        case ScalarType::Float: return float32_kernel;
+        case ScalarType::BFloat16: return bfloat16_kernel;
+        case ScalarType::Double: return float64_kernel;
+        default: return nullptr;
+    }
+}
+
+void n_m_into(Tensor x, Tensor values, Tensor codes, std::optional<Tensor> bias, std::vector<int64_t> shape, int64_t n,
+              int64_t m, Tensor out) {
+    const auto dtype = x.scalar_type();
+    const int64_t rows = shape[0], columns = shape[1];
+    const Kernel kernel = kernel_for(dtype);
+    expect(kernel && m == 4 && (n == 1 || n == 2), "1:4 or 2:4 in float32, bfloat16 or float64");
+    expect(values.scalar_type() == dtype && out.scalar_type() == dtype, "values and output in the dtype of x");
+    expect(x.dim() > 0 && x.sizes()[x.dim() - 1] == columns, "the weight's columns in the last dimension of x");
+    expect(values.numel() == (rows + 15) / 16 * 16 * (columns / 4) * n, "values of the weight's shape");
+    expect(out.is_contiguous() && out.dim() == x.dim() && out.sizes()[out.dim() - 1] == rows &&
+               out.numel() * columns == x.numel() * rows,
+           "a contiguous output of the product's shape");
+    if (bias) expect(bias->scalar_type() == dtype && bias->numel() == rows, "a bias of the output's columns and dtype");
+    if (!out.numel()) return;
+    const auto dense = [](const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); };
+    x = dense(x);
+    if (bias) bias = dense(*bias);
+    const Problem problem{x.numel() / columns, rows, columns, n, torch::stable::get_num_threads()};
+    kernel(&problem, x.data_ptr(), out.data_ptr(), values.data_ptr(), codes.data_ptr(),
+           bias ? bias->data_ptr() : nullptr);
+}
+
+}  // namespace
+
+extern "C" void fxsparse_use_kernels(Kernel of_float32, Kernel of_bfloat16, Kernel of_float64) {
+    float32_kernel = of_float32;
+    bfloat16_kernel = of_bfloat16;
+    float64_kernel = of_float64;
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fxsparse, CPU, m) { m.impl("n_m_into", TORCH_BOX(&n_m_into)); }
