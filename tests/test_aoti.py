@@ -17,7 +17,7 @@ from torch import Tensor
 from fxsparse import InputError
 from fxsparse.kernels.build import compiler
 from tests.test_compile import Net, masks_of
-from tests.test_package import compiled, more
+from tests.test_package import compiled, more, packed
 from tests.test_storage import Of, conv, integers
 
 ROOT = Path(__file__).parents[1]
@@ -68,20 +68,23 @@ def test_another_suffix_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 def test_the_cpp_example_computes_what_python_does(tmp_path: Path) -> None:
-    x = torch.randn(2, 2, 8, 8)
-    compiled(Net(), x, masks=masks_of(Net())).save_aoti(tmp_path / "m.pt2")
+    x = torch.randn(2, 3, 8, 8)
+    module = packed(x)
+    assert "shuffled_block" in module.graph_module.code
+    module.save_aoti(tmp_path / "m.pt2")
     x.numpy().tofile(tmp_path / "input.bin")
-    subprocess.run([str(EXAMPLE / "build.sh"), str(tmp_path / "example"), sys.executable], check=True)
+    quick = {**os.environ, "CXX": f"{compiler()} -DFXSPARSE_FEW_TILES"}
+    subprocess.run([str(EXAMPLE / "build.sh"), str(tmp_path / "example"), sys.executable], check=True, env=quick)
 
     def run(model: str, data: str) -> subprocess.CompletedProcess[str]:
-        command = ["./example", model, data, "output.bin", "2,2,8,8"]
+        command = ["./example", model, data, "output.bin", "2,3,8,8"]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
 
     environment = {**os.environ, "AOTI_RUNTIME_CHECK_INPUTS": "1"}
-    assert run("m.pt2", "input.bin").stdout == "compiled for torch.float32 (2, 2, 8, 8) on cpu\n"
+    assert run("m.pt2", "input.bin").stdout == "compiled for torch.float32 (2, 3, 8, 8) on cpu\n"
     y = torch._inductor.aoti_load_package(str(tmp_path / "m.pt2"))(x)
-    assert torch.equal(torch.from_numpy(np.fromfile(tmp_path / "output.bin", np.float32)).view(2, 3), y)
-    assert "shorter than 1024 bytes" in run("m.pt2", "m.pt2x").stderr
+    assert torch.equal(torch.from_numpy(np.fromfile(tmp_path / "output.bin", np.float32)).view(y.shape), y)
+    assert "shorter than 1536 bytes" in run("m.pt2", "m.pt2x").stderr
     assert run("gone.pt2", "input.bin").returncode == 1
 
 

@@ -76,11 +76,24 @@ def load(name: str, isa: str | None = None) -> ctypes.CDLL:
 @functools.cache
 def load_operators(name: str) -> ctypes.CDLL:
     """The same for a file that registers operators through torch's stable C++ interface, linked to this torch."""
-    folder = Path(torch.__file__).parent
     version = f"-DFXSPARSE_TORCH={torch.__version__}"  # another torch is another library
-    link = [f"-L{folder / 'lib'}", f"-Wl,-rpath,{folder / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu"]
-    flags = ["-O2", "-std=c++20", "-shared", "-fPIC", f"-I{folder / 'include'}", version, *link]
-    return _load(name, flags)
+    return _load(name, ["-O2", "-std=c++20", "-shared", "-fPIC", version, *_torch_flags()])
+
+
+def _torch_flags() -> list[str]:
+    folder = Path(torch.__file__).parent
+    return [f"-I{folder / 'include'}", f"-L{folder / 'lib'}", f"-Wl,-rpath,{folder / 'lib'}", "-Wl,--no-as-needed",
+            "-ltorch_cpu"]  # fmt: skip
+
+
+def build_operators(path: str | os.PathLike[str]) -> None:
+    """One library with all operators and their kernels, for programs that run without Python; see docs/aotinductor.md.
+
+    It is for this processor and this torch. Raises TargetError when it cannot be built.
+    """
+    command = [*_compiler_or_raise("operators"), *_COMMON, "-std=c++20", *_ISA[instruction_set()], *_torch_flags()]
+    sources = [str(source) for source in sorted(_SOURCES.glob("*.cpp"))]
+    _build([*sources, "-DFXSPARSE_STANDALONE"], command, Path(path))
 
 
 def _load(name: str, flags: list[str]) -> ctypes.CDLL:
@@ -92,7 +105,7 @@ def _load(name: str, flags: list[str]) -> ctypes.CDLL:
             return ctypes.CDLL(str(path))
         except OSError:
             log.warning("%s cannot be loaded; it is built again", path)
-    _build(source, command, path)
+    _build([str(source)], command, path)
     return ctypes.CDLL(str(path))
 
 
@@ -114,12 +127,13 @@ def _version(command: str) -> str:
     return subprocess.run([command, "--version"], capture_output=True, text=True, check=False).stdout
 
 
-def _build(source: Path, command: list[str], path: Path) -> None:
-    log.info("compile %s (once, some seconds)", source.name)
+def _build(sources: list[str], command: list[str], path: Path) -> None:
+    what = Path(sources[0]).name
+    log.info("compile %s (once, some seconds)", what)
     with replacing(path) as name:
-        done = subprocess.run([*command, str(source), "-o", str(name)], capture_output=True, text=True, check=False)
+        command = [*command, *sources, "-o"]
+        done = subprocess.run([*command, str(name)], capture_output=True, text=True, check=False)
         if done.returncode:
             lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
-            by_hand = shlex.join([*command, str(source), "-o", "/dev/null"])
-            raise TargetError(f"kernel {source.name}", expected="a C++17 compiler with OpenMP", got=lines[0][:300],
-                              do=f"Try it by hand: {by_hand}")  # fmt: skip
+            raise TargetError(f"kernel {what}", expected="a C++17 compiler with OpenMP", got=lines[0][:300],
+                              do=f"Try it by hand: {shlex.join([*command, '/dev/null'])}")  # fmt: skip

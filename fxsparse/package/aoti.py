@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxsparse.backend.inductor import options
+from fxsparse.backend.inductor import options, with_memory
 from fxsparse.errors import PackageError
 from fxsparse.ir.files import replacing
+from fxsparse.ir.graph import clone
 
 
 def compile_aoti(
@@ -44,7 +45,7 @@ def compile_aoti(
     # compiled in a folder of its own: the archive's folder gets the file's name
     with torch.no_grad(), replacing(path) as name, tempfile.TemporaryDirectory() as folder:
         name.touch()  # found out before the minutes of work rather than after
-        program = torch.export.export(gm, args, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(with_memory(clone(gm)), args, dynamic_shapes=shapes, strict=False)
         configs = {**options(gm), "aot_inductor.metadata": metadata or {}}
         made = str(Path(folder) / "model.pt2")
         shutil.copyfile(

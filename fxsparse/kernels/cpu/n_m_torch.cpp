@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -19,7 +20,7 @@ using torch::stable::Tensor;
 struct Problem {
     int64_t tokens, rows, columns, n, threads;
 };
-using Kernel = void (*)(const Problem*, const void* x, void* y, const void* values, const void* codes, const void* bias);
+using Kernel = void (*)(const void* problem, const void* x, void* y, const void* values, const void* codes, const void* bias);
 
 Kernel float32_kernel = nullptr, bfloat16_kernel = nullptr, float64_kernel = nullptr;
 
@@ -61,10 +62,21 @@ void n_m_into(Tensor x, Tensor values, Tensor codes, std::optional<Tensor> bias,
 
 }  // namespace
 
+#if defined(FXSPARSE_STANDALONE)
+extern "C" std::remove_pointer_t<Kernel> fxsparse_n_m_f32, fxsparse_n_m_bf16, fxsparse_n_m_f64;
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fxsparse, m) {
+    float32_kernel = fxsparse_n_m_f32;
+    bfloat16_kernel = fxsparse_n_m_bf16;
+    float64_kernel = fxsparse_n_m_f64;
+    m.def("n_m_into(Tensor x, Tensor values, Tensor codes, Tensor? bias, int[] shape, int n, int m, Tensor(a!) out) -> ()");
+}
+#else
 extern "C" void fxsparse_use_kernels(Kernel of_float32, Kernel of_bfloat16, Kernel of_float64) {
     float32_kernel = of_float32;
     bfloat16_kernel = of_bfloat16;
     float64_kernel = of_float64;
 }
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(fxsparse, CPU, m) { m.impl("n_m_into", TORCH_BOX(&n_m_into)); }

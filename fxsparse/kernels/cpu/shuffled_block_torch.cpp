@@ -2,7 +2,8 @@
 //
 // Only torch's stable C++ interface is used. The packed arrays were checked when they were packed; everything else is
 // checked here, since a wrong size would be read past its end. fxsparse/kernels/cpu/shuffled_block.py builds this file,
-// loads it and hands over the kernels, which are compiled apart.
+// loads it and hands over the kernels, which are compiled apart. With FXSPARSE_STANDALONE it is linked to them and defines
+// the operator as well: that is for programs without Python.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,6 +14,7 @@
 #include <iterator>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -20,8 +22,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
-struct Problem;
-using Kernel = void (*)(const Problem*, const void* x, void* y, const void* values, const void* value_ptr,
+using Kernel = void (*)(const void* problem, const void* x, void* y, const void* values, const void* value_ptr,
                         const void* columns, const void* column_ptr, const void* rows, const void* row_ptr,
                         const void* bias, const void* residual);
 
@@ -120,9 +121,22 @@ void shuffled_block_into(Tensor x, Tensor values, Tensor value_ptr, Tensor colum
 
 }  // namespace
 
+#if defined(FXSPARSE_STANDALONE)
+extern "C" std::remove_pointer_t<Kernel> fxsparse_shuffled_block_f32, fxsparse_shuffled_block_bf16;
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fxsparse, m) {
+    float32_kernel = fxsparse_shuffled_block_f32;
+    bfloat16_kernel = fxsparse_shuffled_block_bf16;
+    m.def(
+        "shuffled_block_into(Tensor x, Tensor values, Tensor value_ptr, Tensor columns, Tensor column_ptr, Tensor rows,"
+        " Tensor row_ptr, Tensor? bias, Tensor? residual, int[] shape, int[2] stride, int[2] padding, int[2] dilation,"
+        " str activation, Tensor(a!) out) -> ()");
+}
+#else
 extern "C" void fxsparse_use_kernels(Kernel of_float32, Kernel of_bfloat16) {
     float32_kernel = of_float32;
     bfloat16_kernel = of_bfloat16;
 }
+#endif
 
 STABLE_TORCH_LIBRARY_IMPL(fxsparse, CPU, m) { m.impl("shuffled_block_into", TORCH_BOX(&shuffled_block_into)); }
