@@ -6,6 +6,7 @@ measured; `plan(model, masks, (x,))` is the dry run: what would go, what would n
 
 from fxsparse.compiler import compile, plan
 from fxsparse.errors import CaptureError, FxSparseError, InputError, MaskError, TargetError, VerificationError
+from fxsparse.export import OnnxFile, export_onnx
 from fxsparse.ir.masks import Masks
 from fxsparse.module import SparseModule
 from fxsparse.report import Report
@@ -18,10 +19,12 @@ __all__ = [
     "InputError",
     "MaskError",
     "Masks",
+    "OnnxFile",
     "Report",
     "SparseModule",
     "TargetError",
     "VerificationError",
     "compile",
+    "export_onnx",
     "plan",
 ]

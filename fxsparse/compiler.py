@@ -58,6 +58,12 @@ class _Rewritten:
     plan: Plan
     rows: list[Row]
     reference: Reference | None
+    without_formats: _Rewritten | None = None
+
+    def as_chosen(self, gm: fx.GraphModule) -> _Rewritten:
+        """The one of the two that `gm` belongs to."""
+        other = self.without_formats
+        return other if other is not None and gm is other.gm else self
 
 
 def compile(
@@ -76,7 +82,7 @@ def compile(
 
     masks           Masks, a dict by parameter name (bool, uint8 or float 0/1), a .safetensors path, or None: then zeros
                     in the weights and torch.nn.utils.prune masks are found
-    target          "inductor" (default) or "eager"
+    target          "inductor" (default), "eager", "onnx" (ONNX Runtime, CPU) or "tensorrt"
     example_inputs  positional inputs with the batch in dimension 0; None: compile at the first call
     dynamic_batch   accept any batch size
     formats         how the remaining weights are stored. "auto": dense or a sparse format, whichever is measured faster
@@ -124,9 +130,11 @@ def _compile_inputs(model: nn.Module, masks: Masks, options: _Options, inputs: t
 @torch.inference_mode(False)  # the analysis differentiates
 def _build(model: nn.Module, masks: Masks, inputs: tuple[Any, ...], options: _Options) -> Build:
     rewritten = _rewrite(model, masks, inputs, options)
-    report = _report(rewritten, model, masks, inputs, options)
     leaves, in_spec = pytree.tree_flatten(inputs)
-    won = contest(rewritten.dense, rewritten.gm, leaves, options.target, measure=options.measure)
+    other = {"dense weights": rewritten.without_formats.gm} if rewritten.without_formats is not None else {}
+    won = contest(rewritten.dense, rewritten.gm, leaves, options.target, measure=options.measure, also=other)
+    rewritten = rewritten.as_chosen(won.sparse)
+    report = _report(rewritten, model, masks, inputs, options)
     verification = _verify(rewritten, won, options)
     report = dataclasses.replace(report, verification=verification, **won.for_report())
     out_spec = _out_spec(rewritten.gm)
@@ -147,28 +155,34 @@ def _rewrite(model: nn.Module, masks: Masks, inputs: tuple[Any, ...], options: _
         own = masked_output(model, masks, pytree.tree_unflatten(ref.inputs, in_spec))
         check(pytree.tree_leaves(own), ref, "captured graph", "torch.export changed the model: please report it.")
     times = LayerTimes(options.cache_dir, _batch(leaves))
-    if options.measure:
+    times_layers = options.measure and not options.target.standard_operators
+    if times_layers:
         log.info("time layers")
         for layer in layers:
             layer.dense_us = times(layer.node, *layer.shape[:2]) * 1e6
     ctx = _context(leaves, times, options)
     after_each = _after_each(gm, ref, options)
     plan += run_passes(gm, STRUCTURE, ctx, after_each)
-    if options.measure:
+    if times_layers:
         _time_again(gm, layers, times)
     rows = rows_of(gm, layers, ctx, plan)
+    shrunk = clone(gm) if options.target.standard_operators and options.formats == "auto" else None
     stored = run_passes(gm, STORAGE, ctx, after_each)
     times.save()
-    return _Rewritten(dense, gm, plan + stored, with_formats(rows, layers, stored), ref)
+    chose = any(d.step == "choose_formats" for d in stored.accepted)
+    other = _Rewritten(dense, shrunk, plan, rows, ref) if shrunk is not None and chose else None
+    return _Rewritten(dense, gm, plan + stored, with_formats(rows, layers, stored), ref, other)
 
 
 def _context(leaves: list[Any], times: LayerTimes, options: _Options) -> Context:
     device = next(x.device for x in leaves if isinstance(x, Tensor))
     names = options.target.formats(device) if options.formats != "dense" else ()
     forced = options.formats in FORMATS
+    timed = options.measure and not options.target.standard_operators
     return Context(
-        time_layer=times if options.measure else None,
-        time_format=times.of_format if options.measure else None,
+        time_layer=times if timed else None,
+        time_format=times.of_format if timed else None,
+        standard_operators=options.target.standard_operators,
         formats=(options.formats,) if forced else names,
         force_formats=forced,
     )

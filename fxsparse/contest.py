@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,12 +31,16 @@ class _Build:
 
 @dataclass
 class Contest:
-    """The build to return, and the timings that chose it (none when nothing was measured)."""
+    """The build to return, and the timings that chose it (none when nothing was measured).
+
+    sparse  the rewritten graph that was the fastest of those; `gm` unless a dense build is returned
+    """
 
     gm: fx.GraphModule
     run: Runnable
     prepare: Prepare
     chosen: str
+    sparse: fx.GraphModule
     timings: tuple[Timing, ...] = ()
     dense_ms: float | None = None
     sparse_ms: float | None = None
@@ -51,36 +55,49 @@ class Contest:
 
 
 def contest(
-    dense: fx.GraphModule, sparse: fx.GraphModule, inputs: Sequence[Any], target: Target, *, measure: bool
+    dense: fx.GraphModule,
+    sparse: fx.GraphModule,
+    inputs: Sequence[Any],
+    target: Target,
+    *,
+    measure: bool,
+    also: Mapping[str, fx.GraphModule] | None = None,
 ) -> Contest:
-    """Lower `sparse`; with `measure` also every dense build, time them, and pick the fastest."""
+    """Lower `sparse`; with `measure` also every dense build, time them, and pick the fastest.
+
+    also  other rewritten graphs that compete, by what tells them apart; only with `measure`
+    """
     log.info("lower (%s)", target.name)
-    ours = _Build(f"sparse: {target.name}", sparse, target.lower(sparse, inputs), _as_is)
+    own = [_Build(f"sparse: {target.name}", sparse, target.lower(sparse, inputs), _as_is)]
     if not measure:
-        return Contest(ours.gm, ours.run, ours.prepare, "sparse")
+        return Contest(sparse, own[0].run, own[0].prepare, "sparse", sparse)
+    for label, gm in (also or {}).items():
+        own.append(_Build(f"sparse: {target.name}, {label}", gm, target.lower(gm, inputs), _as_is))
     rivals = dense_builds(dense, inputs, target)
     log.info("measure")
-    builds = {b.name: b for b in [ours, *rivals]}
-    runs = play_off({ours.name: _call(ours, inputs)}, {b.name: _call(b, inputs) for b in rivals})
-    best = runs.fastest([b.name for b in rivals])
+    builds = {b.name: b for b in [*own, *rivals]}
+    runs = play_off({b.name: _call(b, inputs) for b in own}, {b.name: _call(b, inputs) for b in rivals})
+    best, ours = runs.fastest([b.name for b in rivals]), builds[runs.fastest([b.name for b in own])]
     ratios = runs.ratios(best, ours.name)
     faster = ratios[len(ratios) // 2] >= 1.0
     won = ours if faster else builds[best]
     return Contest(
-        won.gm, won.run, won.prepare, "sparse" if faster else "dense", _timings(runs), runs.median(best),
+        won.gm, won.run, won.prepare, "sparse" if faster else "dense", ours.gm, _timings(runs), runs.median(best),
         runs.median(ours.name), (ratios[len(ratios) // 5], ratios[len(ratios) * 4 // 5]),
     )  # fmt: skip
 
 
 def dense_builds(dense: fx.GraphModule, inputs: Sequence[Any], target: Target) -> list[_Build]:
-    """The masked model, not rewritten: eager and on the target, contiguous and channels_last."""
-    targets = [TARGETS["eager"]] + ([target] if target.name != "eager" else [])
+    """The masked model, not rewritten: on the target and its rivals, contiguous and channels_last."""
+    targets = [TARGETS[name] for name in target.rivals if name != target.name] + [target]
     formats: list[tuple[str, fx.GraphModule, Prepare]] = [("contiguous", dense, _as_is)]
     if any(n.op == "get_attr" and get_tensor(dense, str(n.target)).dim() == 4 for n in dense.graph.nodes):
         formats.append(("channels_last", _channels_last(dense), _inputs_channels_last))
     builds = []
     for t in targets:
         for name, gm, prepare in formats:
+            if name not in t.memory_formats:
+                continue
             log.info("lower dense (%s, %s)", t.name, name)
             builds.append(_Build(f"{t.name}, {name}", gm, t.lower(gm, prepare(inputs)), prepare))
     return builds

@@ -83,6 +83,11 @@ class SparseModule(nn.Module):
     def graph_module(self) -> fx.GraphModule:
         return self._built("graph_module").gm
 
+    @property
+    def example_inputs(self) -> Sequence[Any]:
+        """The flattened inputs it was compiled for."""
+        return self._built("example_inputs").example
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The masked model's outputs, in its own structure."""
         if kwargs:

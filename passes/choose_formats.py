@@ -45,10 +45,11 @@ def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Dec
     if why:
         return Decision("choose_formats", name, what, why, False)
     packed = fmt.pack(weight)
-    share = packed.nse / weight.numel()
+    work, groups = fmt.standard(packed) if ctx.standard_operators else (packed.nse, packed.row_groups)
+    share = work / weight.numel()
     if share >= 1:
         return Decision("choose_formats", name, what, f"its blocks would hold {share:.0%} of the weight", False)
-    data = {"node": node, "format": fmt.name, "groups": packed.row_groups, "packed": packed, "share": share}
+    data = {"node": node, "format": fmt.name, "groups": groups, "packed": packed, "share": share}
     if ctx.time_format is None or ctx.time_layer is None or ctx.force_formats:
         accepted = share < MODELLED or ctx.force_formats
         return Decision("choose_formats", name, what, f"{share:.0%} of the work, not timed", accepted, data)

@@ -16,6 +16,11 @@ class Target:
     """Something that runs a graph. Subclasses live one to a file."""
 
     name: str
+    # It runs what ATen's own operators say: formats are expanded, and layers timed in PyTorch say nothing about it.
+    # With `formats="auto"` whole models are timed instead, with formats and without.
+    standard_operators: bool = False
+    memory_formats: tuple[str, ...] = ("contiguous", "channels_last")  # that make a difference to it
+    rivals: tuple[str, ...] = ("eager",)  # targets whose dense builds compete too
 
     def formats(self, device: torch.device) -> tuple[str, ...]:
         """Names of the sparse formats (`fxsparse.formats`) whose kernels it can run on `device`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +22,25 @@ class Packed(Protocol):
         """Rows that are stored together, which `permute_channels` will make neighbours."""
 
 
+class Standard(NamedTuple):
+    """What a packed weight is in standard operators alone, as ONNX wants it.
+
+    work        multiply-accumulates per position, in stored elements of a dense weight, overheads included
+    row_groups  the groups in the order in which these operators give their rows: numbered so, no gather is needed
+    """
+
+    work: int
+    row_groups: list[NDArray[np.int64]]
+
+
 class Format:
-    """Subclasses live one to a file and are found there."""
+    """Subclasses live one to a file and are found there.
+
+    operator  the format's own operator, that `lower` puts into a graph; None when it needs none
+    """
 
     name: str
+    operator: Any = None
 
     def why_not(self, node: fx.Node, weight: Tensor) -> str:
         """Why this convolution or linear node cannot be stored so, in a few words; empty when it can."""
@@ -41,4 +56,12 @@ class Format:
 
     def lower(self, gm: fx.GraphModule, node: fx.Node, packed: Any) -> fx.Node:
         """Insert the format's own operator before `node`; returns the node whose value replaces it."""
+        raise NotImplementedError
+
+    def standard(self, packed: Any) -> Standard:
+        """The cost of `expand`, for targets that have standard operators only."""
+        return Standard(packed.nse, packed.row_groups)
+
+    def expand(self, gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+        """Insert ATen operators that do the work of `node`, a call of `operator`; returns the one that replaces it."""
         raise NotImplementedError

@@ -26,8 +26,9 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from fxsparse.errors import InputError, near
-from fxsparse.formats.format import Format
+from fxsparse.formats.format import Format, Standard
 from fxsparse.formats.shuffled_block import ShuffledBlock, pack, unpack
+from fxsparse.formats.shuffled_block_aten import expand, standard
 from fxsparse.ir.graph import arg, aten, new_weight
 from fxsparse.kernels.cpu.shuffled_block import run as run_on_cpu
 from fxsparse.kernels.shared import ACTIVATIONS, epilogue, output_sizes
@@ -169,6 +170,7 @@ class ShuffledBlockFormat(Format):
     """conv2d without groups, and linear, in float32 and bfloat16."""
 
     name = "shuffled_block"
+    operator = shuffled_block
 
     def why_not(self, node: fx.Node, weight: Tensor) -> str:
         if node.target not in (aten.conv2d.default, aten.linear.default):
@@ -186,6 +188,12 @@ class ShuffledBlockFormat(Format):
 
     def unpack(self, packed: ShuffledBlock) -> Tensor:
         return unpack(packed)
+
+    def standard(self, packed: ShuffledBlock) -> Standard:
+        return standard(packed)
+
+    def expand(self, gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+        return expand(gm, node)
 
     def lower(self, gm: fx.GraphModule, node: fx.Node, packed: ShuffledBlock) -> fx.Node:
         is_conv = node.target is aten.conv2d.default

@@ -1,0 +1,111 @@
+"""A compiled model as a file for other runtimes."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, fx
+
+from fxsparse.deploy.onnx_model import OnnxModel, not_in_tensorrt, require, save, to_onnx
+from fxsparse.deploy.onnx_runtime import OnnxSession
+from fxsparse.errors import InputError
+from fxsparse.ir.graph import flat
+from fxsparse.module import SparseModule
+from fxsparse.verify import check, probe, reference
+
+log = logging.getLogger("fxsparse")
+BATCHES = (1, 2, 5)
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """What `export_onnx` wrote. `str()` says it in a few lines.
+
+    files            the model, and its weights when they are in a second file
+    operators        how often each is there; all in opset 20 of the domain ai.onnx
+    not_in_tensorrt  those that TensorRT's parser does not take, by its published table
+    two_four         layers whose weight is 2:4 sparse
+    verified         by batch size, how far ONNX Runtime was from the graph in float64; empty with verify=False
+    """
+
+    files: tuple[Path, ...]
+    operators: Mapping[str, int]
+    not_in_tensorrt: tuple[str, ...]
+    two_four: tuple[str, ...]
+    verified: Mapping[int, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        count = ", ".join(f"{n} {name}" for name, n in Counter(self.operators).most_common())
+        return "\n".join([
+            f"wrote {', '.join(map(str, self.files))}",
+            f"operators (opset 20): {count}",
+            f"not in TensorRT's table: {', '.join(self.not_in_tensorrt) or 'none'}",
+            f"2:4 sparse weights: {', '.join(self.two_four) or 'none'}",
+            *(f"ONNX Runtime, batch {batch}: {said}" for batch, said in self.verified.items()),
+        ])  # fmt: skip
+
+
+def export_onnx(
+    sparse: SparseModule,
+    path: str | os.PathLike[str],
+    *,
+    external_data: bool | None = None,
+    verify: bool = True,
+) -> OnnxFile:
+    """Write a compiled model as an ONNX file in standard operators (opset 20), whole or not at all.
+
+    sparse         what `compile` returned, for any target. "onnx" chooses formats by their time in ONNX Runtime
+    path           of the model; missing folders are made
+    external_data  weights in a second file, `path` + ".data"; None: above 1 GiB
+    verify         compare ONNX Runtime with the graph in float64, at several batch sizes where the batch is free
+    Shuffled blocks become gathers, grouped convolutions and batched products; linear layers with 2:4 weights Gemm.
+    Raises TargetError without onnx and onnxscript (and onnxruntime to verify), or for what ONNX cannot express;
+    VerificationError when the file computes something else; InputError when `sparse` is not compiled, or for `path`.
+    """
+    gm = compiled_graph(sparse)
+    check_path(path)
+    require("onnx", "onnxscript", *["onnxruntime"] * verify, what="export_onnx")
+    model = to_onnx(gm)
+    verified = verify_onnx(gm, model, sparse.example_inputs) if verify else {}
+    files = save(model, path, external_data=external_data)
+    return OnnxFile(files, model.operators, not_in_tensorrt(model.proto), model.graph.two_four, verified)
+
+
+def compiled_graph(sparse: object) -> fx.GraphModule:
+    """Its graph. Raises InputError for what `compile` did not return."""
+    if not isinstance(sparse, SparseModule):
+        raise InputError("model to export", expected="what fxsparse.compile returned", got=type(sparse).__name__,
+                         do="fxsparse.compile(model, masks, target='onnx', example_inputs=(x,))")  # fmt: skip
+    return sparse.graph_module
+
+
+def check_path(path: str | os.PathLike[str]) -> None:
+    """Raise InputError unless a file can be written there: found out before the work rather than after."""
+    try:
+        folder = Path(path).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        problem = "a folder" if Path(path).is_dir() else "" if os.access(folder, os.W_OK) else "no right to write there"
+    except (OSError, TypeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+    if problem:
+        raise InputError(f"path {path!r}", expected="a file that can be written", got=problem,
+                         do="Name a file, such as 'model.onnx'.")  # fmt: skip
+
+
+def verify_onnx(gm: fx.GraphModule, model: OnnxModel, example: Sequence[object]) -> dict[int, str]:
+    """What ONNX Runtime gives at several batch sizes, against the graph in float64. Raises VerificationError."""
+    session, found, plain = OnnxSession(model), {}, flat(gm)
+    own = next(x.shape[0] for x in example if isinstance(x, Tensor) and x.dim())
+    for batch in dict.fromkeys((own, *BATCHES)) if model.dynamic else (own,):
+        ref = reference(plain, probe(example, batch=batch if model.dynamic else None, seed=batch))
+        with torch.no_grad():
+            found[batch] = check(session(*ref.inputs), ref, f"ONNX file at batch {batch}",
+                                 "The graph was right before it was exported: please report it.")  # fmt: skip
+        log.info("ONNX Runtime, batch %d: %s", batch, found[batch])
+    return found
