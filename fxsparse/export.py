@@ -28,13 +28,14 @@ class OnnxFile:
     """What `export_onnx` wrote. `str()` says it in a few lines.
 
     files            the model, and its weights when they are in a second file
-    operators        how often each is there; all in opset 20 of the domain ai.onnx
+    operators        how often each is there; all of the domain ai.onnx
     not_in_tensorrt  those that TensorRT's parser does not take, by its published table
     two_four         layers whose weight is 2:4 sparse
     verified         by batch size, how far ONNX Runtime was from the graph in float64; empty with verify=False
     """
 
     files: tuple[Path, ...]
+    opset: int
     operators: Mapping[str, int]
     not_in_tensorrt: tuple[str, ...]
     two_four: tuple[str, ...]
@@ -44,7 +45,7 @@ class OnnxFile:
         count = ", ".join(f"{n} {name}" for name, n in Counter(self.operators).most_common())
         return "\n".join([
             f"wrote {', '.join(map(str, self.files))}",
-            f"operators (opset 20): {count}",
+            f"operators (opset {self.opset}): {count}",
             f"not in TensorRT's table: {', '.join(self.not_in_tensorrt) or 'none'}",
             f"2:4 sparse weights: {', '.join(self.two_four) or 'none'}",
             *(f"ONNX Runtime, batch {batch}: {said}" for batch, said in self.verified.items()),
@@ -58,14 +59,15 @@ def export_onnx(
     external_data: bool | None = None,
     verify: bool = True,
 ) -> OnnxFile:
-    """Write a compiled model as an ONNX file in standard operators (opset 20), whole or not at all.
+    """Write a compiled model as an ONNX file in standard operators (opset 20, with bfloat16 22), whole or not at all.
 
     sparse         what `compile` returned, for any target. "onnx" chooses formats by their time in ONNX Runtime
     path           of the model; missing folders are made
     external_data  weights in a second file, `path` + ".data"; None: above 1 GiB
     verify         compare ONNX Runtime with the graph in float64, at several batch sizes where the batch is free
     Shuffled blocks become gathers, grouped convolutions and batched products; linear layers with 2:4 weights Gemm.
-    Raises TargetError without onnx and onnxscript (and onnxruntime to verify), or for what ONNX cannot express;
+    Raises TargetError without onnx and onnxscript (and onnxruntime to verify), for what ONNX cannot express, and to
+    verify for what ONNX Runtime's CPU kernels do not compute (bfloat16);
     VerificationError when the file computes something else; InputError when `sparse` is not compiled, or for `path`.
     """
     gm = compiled_graph(sparse)
@@ -74,7 +76,7 @@ def export_onnx(
     model = to_onnx(gm)
     verified = verify_onnx(gm, model, sparse.example_inputs) if verify else {}
     files = save(model, path, external_data=external_data)
-    return OnnxFile(files, model.operators, not_in_tensorrt(model.proto), model.graph.two_four, verified)
+    return OnnxFile(files, model.opset, model.operators, not_in_tensorrt(model.proto), model.graph.two_four, verified)
 
 
 def compiled_graph(sparse: object) -> fx.GraphModule:

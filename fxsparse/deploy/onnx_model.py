@@ -19,7 +19,8 @@ from fxsparse.deploy.standard import StandardGraph, standard
 from fxsparse.errors import TargetError
 from fxsparse.ir.files import replacing
 
-OPSET = 20  # of what TensorRT 10 and 11 both read, the latest
+OPSET = 20  # every TensorRT from 10.0 on reads it
+BFLOAT16_OPSET = 22  # convolution and pooling have no bfloat16 before
 SINGLE_FILE_BYTES = 1 << 30  # protobuf ends at 2 GiB, and readers copy
 _TABLE_DTYPE = {"FLOAT": "FP32", "FLOAT16": "FP16", "BFLOAT16": "BF16"}
 _LEFT_OUT = ("pkg.torch.onnx.stack_trace", "pkg.torch.onnx.fx_node")  # paths of this machine; text that says it again
@@ -38,6 +39,10 @@ class OnnxModel:
         return Counter(node.op_type for node in self.proto.graph.node)
 
     @property
+    def opset(self) -> int:
+        return int(next(o.version for o in self.proto.opset_import if o.domain == ""))
+
+    @property
     def bytes(self) -> int:
         return int(self.proto.ByteSize())
 
@@ -51,7 +56,7 @@ def require(*packages: str, what: str) -> None:
 
 
 def to_onnx(gm: fx.GraphModule) -> OnnxModel:
-    """`gm` in opset 20, its symbolic dimension called "batch". Raises TargetError for what has no such form.
+    """`gm` in opset 20 (22 with bfloat16), its symbolic dimension called "batch". Raises TargetError for what has none.
 
     Inputs are called as the model's own, outputs "output" or "output_0", "output_1" ...
     """
@@ -63,8 +68,10 @@ def to_onnx(gm: fx.GraphModule) -> OnnxModel:
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")  # the exporter's own, about itself
-            program = torch.onnx.export(graph.gm, examples, dynamo=True, opset_version=OPSET, dynamic_shapes=shapes,
-                                        output_names=names, external_data=False, verbose=False)  # fmt: skip
+            program = torch.onnx.export(
+                graph.gm, examples, dynamo=True, opset_version=_opset(graph.gm), dynamic_shapes=shapes,
+                output_names=names, external_data=False, verbose=False,
+            )  # fmt: skip
     except Exception as error:  # noqa: BLE001 - whatever the exporter raises
         raise _refused(error) from None
     assert program is not None
@@ -72,6 +79,12 @@ def to_onnx(gm: fx.GraphModule) -> OnnxModel:
     _strip(proto)
     check_proto(proto)
     return OnnxModel(proto, graph, shapes is not None)
+
+
+def _opset(gm: fx.GraphModule) -> int:
+    vals = [n.meta.get("val") for n in gm.graph.nodes]
+    half = any(isinstance(v, Tensor) and v.dtype == torch.bfloat16 for v in vals)
+    return BFLOAT16_OPSET if half else OPSET
 
 
 def check_proto(proto: Any) -> None:
@@ -180,7 +193,7 @@ def _refused(error: Exception) -> TargetError:
     cause = error
     while cause.__cause__ is not None and isinstance(cause.__cause__, Exception):
         cause = cause.__cause__
-    return TargetError("ONNX model", expected="operators that torch.onnx can translate to opset 20",
+    return TargetError("ONNX model", expected="operators that torch.onnx can translate",
                        got=f"{type(cause).__name__}: {_first_line(cause)}",
                        do="Replace the operator it names, or compile for target='inductor'.")  # fmt: skip
 

@@ -67,6 +67,9 @@ def _load(model: OnnxModel, options: Any) -> Any:
 
 def _refused(error: Exception) -> TargetError:
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "(no message)")[:300]
-    return TargetError("target 'onnx'", expected="operators that ONNX Runtime's CPU kernels compute",
-                       got=f"{type(error).__name__}: {first}",
-                       do="Use float32 or float16: it has few kernels for bfloat16.")  # fmt: skip
+    return TargetError(
+        "target 'onnx'",
+        expected="operators that ONNX Runtime's CPU kernels compute",
+        got=f"{type(error).__name__}: {first}",
+        do="Use float32 or float16; for the file alone: fxsparse.export_onnx(sparse, path, verify=False).",
+    )

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from fxsparse.deploy.gathers import merge_gathers
 from fxsparse.errors import TargetError
 from fxsparse.formats import FORMATS
 from fxsparse.ir.graph import (
@@ -48,6 +49,8 @@ def standard(gm: fx.GraphModule) -> StandardGraph:
     gm = flat(gm)
     expand_formats(gm)
     cancel_permutes(gm)
+    refresh(gm)
+    merge_gathers(gm)
     two_four = flatten_two_four(gm)
     inputs, outputs = _drop_constant_inputs(gm), _drop_constant_outputs(gm)
     erase_unused(gm)

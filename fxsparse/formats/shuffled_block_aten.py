@@ -61,11 +61,11 @@ def expand(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     packed = ShuffledBlock(**tensors, shape=tuple(arg(node, "shape")))
     build = _Builder(gm, node, packed)
     with gm.graph.inserting_before(node):
-        y = build.convolution() if len(packed.shape) == 4 else build.linear()
-        if (residual := arg(node, "residual")) is not None:
-            y = build.call(aten.add.Tensor, y, residual)
-        activation = arg(node, "activation")
-        return y if activation == "none" else build.call(_ACTIVATION[activation], y)
+        if len(packed.shape) == 2:
+            return build.finished(build.linear(), arg(node, "residual"))
+        residual = arg(node, "residual")  # channels first, so that the permutes between two layers are neighbors
+        first = None if residual is None else build.call(aten.permute.default, residual, TO_FIRST)
+        return build.call(aten.permute.default, build.finished(build.convolution(), first), TO_LAST)
 
 
 def buckets(blocks: Sequence[Block]) -> list[list[Block]]:
@@ -133,6 +133,13 @@ def _channels(blocks: Sequence[Block], shape: Sequence[int]) -> list[Block]:
     return found
 
 
+def _used(blocks: Sequence[Block], width: int) -> Tensor:
+    """Columns that any block reads, ascending; all of a tap's where that is half of them: a gather less is worth it."""
+    used = torch.cat([b.columns for b in blocks]).unique()
+    whole = [tap for tap in (used // width).unique().tolist() if int((used // width == tap).sum()) * 2 > width]
+    return torch.cat([used, *(torch.arange(width, device="cpu") + tap * width for tap in whole)]).unique()
+
+
 class _Builder:
     """Nodes for one call of the operator, inserted where the caller stands."""
 
@@ -153,6 +160,12 @@ class _Builder:
         if torch.equal(index, torch.arange(size, device="cpu")):
             return x
         return self.call(aten.index_select.default, x, dim, self.constant("index", index))
+
+    def finished(self, y: fx.Node, residual: fx.Node | None) -> fx.Node:
+        """act(y + residual)"""
+        y = y if residual is None else self.call(aten.add.Tensor, y, residual)
+        activation = arg(self.node, "activation")
+        return y if activation == "none" else self.call(_ACTIVATION[activation], y)
 
     def linear(self) -> fx.Node:
         """[..., I] -> [..., O]"""
@@ -178,12 +191,12 @@ class _Builder:
         return sizes
 
     def convolution(self) -> fx.Node:
-        """[N, H, W, I] -> [N, OH, OW, O]"""
+        """[N, H, W, I] -> [N, O, OH, OW]"""
         x, (blocks, stacked) = self.call(aten.permute.default, self.x, TO_FIRST), _form(self.packed)
         geometry = [list(arg(self.node, name)) for name in ("stride", "padding", "dilation")]
         kernel, width = list(self.packed.shape[2:]), self.packed.shape[1]
         if stacked:
-            used = torch.cat([b.columns for b in blocks]).unique()
+            used = _used(blocks, width)
             x, width = self.stacked(x, used, geometry), len(used)
             blocks = [Block(b.rows, torch.searchsorted(used, b.columns), b.weight) for b in blocks]
             kernel, geometry = [1, 1], [[1, 1], [0, 0], [1, 1]]
@@ -195,7 +208,7 @@ class _Builder:
             parts.append(
                 self.call(aten.conv2d.default, z, self.constant("blocks", weight), bias, *geometry, len(bucket))
             )
-        return self.call(aten.permute.default, self.joined(parts, found, 1), TO_LAST)
+        return self.joined(parts, found, 1)
 
     def stacked(self, x: fx.Node, used: Tensor, geometry: list[list[int]]) -> fx.Node:
         """The columns `used` (tap * I + channel, ascending) of im2col(x), as channels [N, len(used), OH, OW]."""
