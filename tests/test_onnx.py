@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -272,8 +275,10 @@ def test_two_four_weights_are_found_and_their_linear_layers_become_gemm(tmp_path
     assert set(file.two_four) == {"up", "conv"}
     assert file.operators["Gemm"] == 1
     assert file.operators["MatMul"] == 1
-    polygraphy = pytest.importorskip("polygraphy.tools")
-    assert polygraphy is not None
+    pytest.importorskip("polygraphy")  # another's check of the pattern, where it is installed
+    command = [sys.executable, "-m", "polygraphy", "inspect", "sparsity", str(tmp_path / "m.onnx")]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert set(re.findall(r"Found sparse tensor: (\S+)", said.stdout)) == {"up.weight", "conv.weight"}
 
 
 @pytest.mark.parametrize(
@@ -365,3 +370,17 @@ def test_a_torchvision_model_exports_and_agrees(tmp_path: Path) -> None:
     assert file.not_in_tensorrt == ()
     assert set(file.verified) == {1, 2, 5}
     assert sum(f.stat().st_size for f in file.files) < 3 * sum(p.numel() for p in model.parameters())
+
+
+def test_the_page_s_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "onnx.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL):
+        exec(block, names)
+    assert (tmp_path / "model.onnx").exists()
+    assert {t.build for t in names["fast"].report.timings} == {
+        "onnx, contiguous",
+        "sparse: onnx",
+        "sparse: onnx, dense weights",
+    }

@@ -13,6 +13,7 @@ import gc
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -38,7 +39,10 @@ def random_rows(model: torch.nn.Module) -> dict[str, Tensor]:
     return {n: (torch.rand(len(p)) < 0.7).view(-1, *[1] * (p.dim() - 1)).expand_as(p) for n, p in weights}
 
 
-MASKS = {"rows": random_rows, "blocks": partial(shuffled_blocks, sparsity=0.74, seed=0, rows=32)}
+MASKS: dict[str, Callable[[torch.nn.Module], dict[str, Tensor]]] = {
+    "rows": random_rows,
+    "blocks": partial(shuffled_blocks, sparsity=0.74, seed=0, rows=32),
+}
 
 
 def row(name: str, folder: Path, kind: str, dtype: torch.dtype) -> dict[str, object]:

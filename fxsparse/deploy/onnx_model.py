@@ -119,7 +119,7 @@ def save(model: OnnxModel, path: str | os.PathLike[str], *, external_data: bool 
     data = path.with_name(path.name + ".data")
     proto = type(model.proto)()
     proto.CopyFrom(model.proto)  # saving moves the weights out of it
-    with replacing(data) as weights, replacing(path) as name:
+    with replacing(path) as name, replacing(data) as weights:  # left in reverse: the data is there first
         onnx.save_model(proto, name, save_as_external_data=True, location=weights.name, size_threshold=1024)
         _rename_data(proto, data.name)
         onnx.save_model(proto, name)

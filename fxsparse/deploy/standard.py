@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -137,12 +138,15 @@ def _drop_constant_inputs(gm: fx.GraphModule) -> tuple[int, ...]:
         if isinstance(value, Tensor):
             kept.append(i)
             continue
+        constant = functools.partial(_constant, node, value)
         for user in list(node.users):
-            user.args, user.kwargs = fx.node.map_arg(
-                (user.args, user.kwargs), lambda n, node=node, value=value: value if n is node else n
-            )
+            user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), constant)
         gm.graph.erase_node(node)
     return tuple(kept)
+
+
+def _constant(node: fx.Node, value: Any, found: fx.Node) -> Any:
+    return value if found is node else found
 
 
 def _drop_constant_outputs(gm: fx.GraphModule) -> tuple[tuple[bool, Any], ...]:

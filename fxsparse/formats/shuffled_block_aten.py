@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, fx
 
 from fxsparse.formats.format import Standard
-from fxsparse.formats.shuffled_block import LANES, ShuffledBlock
+from fxsparse.formats.grouping import LANES
+from fxsparse.formats.shuffled_block import ShuffledBlock
 from fxsparse.ir.graph import arg, aten, new_weight, weight_of
 
 # Measured in ONNX Runtime 1.32 on one core (AMD EPYC with AVX-512), groups of 64 rows, a quarter of the columns:
@@ -111,8 +112,8 @@ def _blocks(packed: ShuffledBlock) -> list[Block]:
     alone = torch.ones(packed.shape[0], dtype=torch.bool, device="cpu")
     alone[packed.rows.long()] = False
     if bool(alone.any()):
-        rows = alone.nonzero()[:, 0]
-        found.append(_block(rows, packed.columns[:0].long(), packed.values.new_zeros(len(rows), 0)))
+        others = alone.nonzero()[:, 0]
+        found.append(_block(others, packed.columns[:0].long(), packed.values.new_zeros(len(others), 0)))
     return found
 
 
@@ -137,7 +138,8 @@ def _used(blocks: Sequence[Block], width: int) -> Tensor:
     """Columns that any block reads, ascending; all of a tap's where that is half of them: a gather less is worth it."""
     used = torch.cat([b.columns for b in blocks]).unique()
     whole = [tap for tap in (used // width).unique().tolist() if int((used // width == tap).sum()) * 2 > width]
-    return torch.cat([used, *(torch.arange(width, device="cpu") + tap * width for tap in whole)]).unique()
+    every = [torch.arange(width, device="cpu") + tap * width for tap in whole]
+    return cast(Tensor, torch.cat([used, *every]).unique())
 
 
 class _Builder:
