@@ -6,7 +6,7 @@ measured; `plan(model, masks, (x,))` is the dry run: what would go, what would n
 
 from fxsparse.compiler import compile, plan
 from fxsparse.errors import CaptureError, FxSparseError, InputError, MaskError, TargetError, VerificationError
-from fxsparse.export import OnnxFile, export_onnx
+from fxsparse.export import OnnxFile, TensorRtFile, export_onnx, export_tensorrt
 from fxsparse.ir.masks import Masks
 from fxsparse.module import SparseModule
 from fxsparse.report import Report
@@ -23,8 +23,10 @@ __all__ = [
     "Report",
     "SparseModule",
     "TargetError",
+    "TensorRtFile",
     "VerificationError",
     "compile",
     "export_onnx",
+    "export_tensorrt",
     "plan",
 ]

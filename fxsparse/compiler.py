@@ -136,7 +136,8 @@ def _build(model: nn.Module, masks: Masks, inputs: tuple[Any, ...], options: _Op
     rewritten = rewritten.as_chosen(won.sparse)
     report = _report(rewritten, model, masks, inputs, options)
     verification = _verify(rewritten, won, options)
-    report = dataclasses.replace(report, verification=verification, **won.for_report())
+    decisions = report.decisions + won.decisions
+    report = dataclasses.replace(report, verification=verification, decisions=decisions, **won.for_report())
     out_spec = _out_spec(rewritten.gm)
     return Build(won.gm, leaves, in_spec, out_spec, options.target, won.run, report, options.dynamic_batch, won.prepare)
 

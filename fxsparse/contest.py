@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from fxsparse.backend import TARGETS, Target
 from fxsparse.backend.target import Runnable
+from fxsparse.ir.decision import Decision
 from fxsparse.ir.graph import clone, get_tensor, set_tensor
 from fxsparse.measure import Runs, play_off
 from fxsparse.report import Timing
@@ -33,7 +34,8 @@ class _Build:
 class Contest:
     """The build to return, and the timings that chose it (none when nothing was measured).
 
-    sparse  the rewritten graph that was the fastest of those; `gm` unless a dense build is returned
+    sparse     the rewritten graph that was the fastest of those; `gm` unless a dense build is returned
+    decisions  what the target itself decided about that one
     """
 
     gm: fx.GraphModule
@@ -42,6 +44,7 @@ class Contest:
     chosen: str
     sparse: fx.GraphModule
     timings: tuple[Timing, ...] = ()
+    decisions: tuple[Decision, ...] = ()
     dense_ms: float | None = None
     sparse_ms: float | None = None
     spread: tuple[float | None, float | None] = field(default=(None, None))
@@ -70,7 +73,7 @@ def contest(
     log.info("lower (%s)", target.name)
     own = [_Build(f"sparse: {target.name}", sparse, target.lower(sparse, inputs), _as_is)]
     if not measure:
-        return Contest(sparse, own[0].run, own[0].prepare, "sparse", sparse)
+        return Contest(sparse, own[0].run, own[0].prepare, "sparse", sparse, decisions=_decisions(own[0]))
     for label, gm in (also or {}).items():
         own.append(_Build(f"sparse: {target.name}, {label}", gm, target.lower(gm, inputs), _as_is))
     rivals = dense_builds(dense, inputs, target)
@@ -82,8 +85,8 @@ def contest(
     faster = ratios[len(ratios) // 2] >= 1.0
     won = ours if faster else builds[best]
     return Contest(
-        won.gm, won.run, won.prepare, "sparse" if faster else "dense", ours.gm, _timings(runs), runs.median(best),
-        runs.median(ours.name), (ratios[len(ratios) // 5], ratios[len(ratios) * 4 // 5]),
+        won.gm, won.run, won.prepare, "sparse" if faster else "dense", ours.gm, _timings(runs), _decisions(ours),
+        runs.median(best), runs.median(ours.name), (ratios[len(ratios) // 5], ratios[len(ratios) * 4 // 5]),
     )  # fmt: skip
 
 
@@ -99,7 +102,7 @@ def dense_builds(dense: fx.GraphModule, inputs: Sequence[Any], target: Target) -
             if name not in t.memory_formats:
                 continue
             log.info("lower dense (%s, %s)", t.name, name)
-            builds.append(_Build(f"{t.name}, {name}", gm, t.lower(gm, prepare(inputs)), prepare))
+            builds.append(_Build(f"{t.name}, {name}", gm, t.lower_dense(gm, prepare(inputs)), prepare))
     return builds
 
 
@@ -111,6 +114,10 @@ def _call(build: _Build, inputs: Sequence[Any]) -> Callable[[], object]:
             return build.run(*prepared)
 
     return run
+
+
+def _decisions(build: _Build) -> tuple[Decision, ...]:
+    return tuple(getattr(build.run, "decisions", ()))
 
 
 def _timings(runs: Runs) -> tuple[Timing, ...]:

@@ -272,7 +272,7 @@ def test_two_four_weights_are_found_and_their_linear_layers_become_gemm(tmp_path
     masks = {n: two_four(model.get_parameter(n)) for n in ("up.weight", "conv.weight")}
     fast = compiled(model, torch.randn(2, 5, 64), masks, formats="dense")
     file = fxsparse.export_onnx(fast, tmp_path / "m.onnx")
-    assert set(file.two_four) == {"up", "conv"}
+    assert set(file.two_four) == {"up.weight", "conv.weight"}
     assert file.operators["Gemm"] == 1
     assert file.operators["MatMul"] == 1
     pytest.importorskip("polygraphy")  # another's check of the pattern, where it is installed

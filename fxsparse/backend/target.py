@@ -33,6 +33,10 @@ class Target:
         """`gm` made ready for inputs of exactly these shapes. `gm` is not changed."""
         raise NotImplementedError
 
+    def lower_dense(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Runnable:
+        """The same for a dense build to compare with."""
+        return self.lower(gm, inputs)
+
     def lower_dynamic(self, gm: fx.GraphModule) -> Runnable:
         """`gm` made ready for any size of its symbolic dimensions. `gm` is not changed."""
         raise NotImplementedError

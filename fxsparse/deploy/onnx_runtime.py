@@ -37,7 +37,7 @@ class OnnxSession:
 
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         """All flattened inputs of the graph in; its flattened outputs, in memory of their own."""
-        feed = {name: inputs[i].detach().contiguous().numpy() for name, i in self.taken}
+        feed = {name: inputs[i].detach().cpu().contiguous().numpy() for name, i in self.taken}
         outputs = self.session.run(None, feed)
         return self.graph.fill([torch.from_numpy(y) for y in outputs])
 

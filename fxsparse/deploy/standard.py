@@ -32,7 +32,7 @@ class StandardGraph:
 
     inputs   which of the flattened inputs it takes; all else was constant
     outputs  the flattened outputs: the number of one of its own, or a constant
-    two_four  owners of the layers whose weight is 2:4 sparse
+    two_four  names of the weights that are 2:4 sparse
     """
 
     gm: fx.GraphModule
@@ -102,13 +102,13 @@ def is_two_four(weight: Tensor) -> bool:
 
 
 def flatten_two_four(gm: fx.GraphModule) -> tuple[str, ...]:
-    """Owners of the layers with 2:4 weights. Their linear layers take [M, I]: TensorRT looks for sparse Gemm there."""
+    """Names of the 2:4 weights. Their linear layers take [M, I]: TensorRT looks for sparse Gemm there."""
     found = []
     for node in call_nodes(gm, aten.linear.default, aten.conv2d.default):
         weight = weight_of(gm, node.args[1])
         if weight is None or not is_two_four(weight):
             continue
-        found.append(owner(node))
+        found.append(str(cast(fx.Node, node.args[1]).target))
         if node.target is aten.linear.default and node.meta["val"].dim() != 2:
             _flatten(gm, node)
     return tuple(found)
