@@ -78,8 +78,13 @@ def export_onnx(
     gm = compiled_graph(sparse)
     check_path(path)
     require("onnx", "onnxscript", *["onnxruntime"] * verify, what="export_onnx")
-    model = to_onnx(gm)
-    verified = verify_onnx(gm, model, sparse.example_inputs) if verify else {}
+    return _write(sparse, to_onnx(gm), path, external_data, verify)
+
+
+def _write(
+    sparse: SparseModule, model: OnnxModel, path: str | os.PathLike[str], external_data: bool | None, verify: bool
+) -> OnnxFile:
+    verified = verify_onnx(sparse.graph_module, model, sparse.example_inputs) if verify else {}
     files = save(model, path, external_data=external_data)
     return OnnxFile(files, model.opset, model.operators, not_in_tensorrt(model.proto), model.graph.two_four, verified)
 
@@ -164,11 +169,11 @@ def export_tensorrt(
                          do="For example: batches=(1, 8, 64).")  # fmt: skip
     check_path(path)
     trt = tensorrt() if engine else None
-    require("onnx", "onnxscript", what="export_tensorrt")
+    require("onnx", "onnxscript", *["onnxruntime"] * (verify and not engine), what="export_tensorrt")
     model = to_onnx(gm)
     refuse_operators(model)
     if trt is None:
-        file = export_onnx(sparse, path, verify=verify)
+        file = _write(sparse, model, path, None, verify)
         return TensorRtFile(file.files, trtexec(model, profile, Path(path)), onnx=file)
     plan, _ = open_engine(trt, model, profile, sparse=True)
     with replacing(path) as name:

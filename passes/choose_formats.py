@@ -41,7 +41,7 @@ def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Dec
     name = str(cast(fx.Node, node.args[1]).target)
     what = f"store as {fmt.name}"
     weight = get_tensor(gm, name)
-    why = fmt.why_not(node, weight)
+    why = (fmt.why_not_standard if ctx.standard_operators else fmt.why_not)(node, weight)
     if why:
         return Decision("choose_formats", name, what, why, False)
     packed = fmt.pack(weight)

@@ -301,7 +301,7 @@ def test_without_tensorrt_the_error_offers_the_file(monkeypatch: pytest.MonkeyPa
 def test_a_model_on_the_cpu_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, FakeTensorRT())
     monkeypatch.setattr(target, "DEVICE", "cuda")
-    with pytest.raises(TargetError, match=r"a model and inputs on a GPU; got cpu\.\n  Pass model\.cuda\(\)"):
+    with pytest.raises(TargetError, match=r"a model and inputs on the current GPU; got cpu\.\n  Pass model\.cuda\(\)"):
         half()
 
 

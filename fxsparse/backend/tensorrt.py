@@ -76,8 +76,14 @@ def has_gpu() -> bool:
 
 def _onnx(gm: fx.GraphModule) -> OnnxModel:
     vals = [n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"]
-    elsewhere = {str(v.device) for v in vals if isinstance(v, Tensor) and v.device.type != DEVICE}
+    elsewhere = {str(v.device) for v in vals if isinstance(v, Tensor) and not _is_current(v.device)}
     if elsewhere:
-        raise TargetError("target 'tensorrt'", expected="a model and inputs on a GPU", got=", ".join(sorted(elsewhere)),
+        raise TargetError("target 'tensorrt'", expected="a model and inputs on the current GPU",
+                          got=", ".join(sorted(elsewhere)),
                           do="Pass model.cuda().half(), say, and inputs that are there too.")  # fmt: skip
     return to_onnx(gm)
+
+
+def _is_current(device: torch.device) -> bool:
+    """Engines are built for, and run on, the current GPU."""
+    return device.type == DEVICE and (DEVICE != "cuda" or device.index in (None, torch.cuda.current_device()))

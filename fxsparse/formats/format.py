@@ -58,6 +58,10 @@ class Format:
         """Insert the format's own operator before `node`; returns the node whose value replaces it."""
         raise NotImplementedError
 
+    def why_not_standard(self, node: fx.Node, weight: Tensor) -> str:
+        """The same for targets that run `expand`: they need no kernel of ours."""
+        return self.why_not(node, weight)
+
     def standard(self, packed: Any) -> Standard:
         """The cost of `expand`, for targets that have standard operators only."""
         return Standard(packed.nse, packed.row_groups)

@@ -173,12 +173,16 @@ class ShuffledBlockFormat(Format):
     operator = shuffled_block
 
     def why_not(self, node: fx.Node, weight: Tensor) -> str:
+        why = self.why_not_standard(node, weight)
+        if not why and weight.dtype not in KERNEL_DTYPES:
+            return f"the kernel has no {str(weight.dtype).removeprefix('torch.')}"
+        return why
+
+    def why_not_standard(self, node: fx.Node, weight: Tensor) -> str:
         if node.target not in (aten.conv2d.default, aten.linear.default):
             return "only conv2d and linear have this kernel"
         if node.target is aten.conv2d.default and arg(node, "groups") != 1:
             return "a grouped convolution has no columns to choose from"
-        if weight.dtype not in KERNEL_DTYPES:
-            return f"the kernel has no {str(weight.dtype).removeprefix('torch.')}"
         if weight.dim() not in (2, 4) or not weight.numel():
             return f"the weight has shape {tuple(weight.shape)}"
         return ""
