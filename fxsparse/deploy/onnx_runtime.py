@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fxsparse.deploy.onnx_model import SINGLE_FILE_BYTES, OnnxModel, save
+from fxsparse.deploy.standard import filled
 from fxsparse.errors import TargetError
 
 
@@ -31,7 +32,7 @@ class OnnxSession:
             self.session = _load(model, options)
         except Exception as error:  # noqa: BLE001 - whatever the runtime raises
             raise _refused(error) from None
-        self.graph = model.graph
+        self.outputs = model.graph.outputs  # not the graph, which holds weights that the session has of its own
         self.names = [i.name for i in self.session.get_inputs()]
         self.taken = _taken(model, self.names)
 
@@ -39,7 +40,7 @@ class OnnxSession:
         """All flattened inputs of the graph in; its flattened outputs, in memory of their own."""
         feed = {name: inputs[i].detach().cpu().contiguous().numpy() for name, i in self.taken}
         outputs = self.session.run(None, feed)
-        return self.graph.fill([torch.from_numpy(y) for y in outputs])
+        return filled(self.outputs, [torch.from_numpy(y) for y in outputs])
 
     def __deepcopy__(self, memo: object) -> OnnxSession:
         """Itself: it holds no state, and its runs may overlap."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -40,9 +41,10 @@ class StandardGraph:
     outputs: tuple[tuple[bool, Any], ...]
     two_four: tuple[str, ...]
 
-    def fill(self, outputs: Any) -> list[Any]:
-        """All flattened outputs, from those that were computed."""
-        return [outputs[value] if computed else value for computed, value in self.outputs]
+
+def filled(spec: Sequence[tuple[bool, Any]], outputs: Sequence[Any]) -> list[Any]:
+    """All flattened outputs, from those that were computed. `spec` as in `StandardGraph.outputs`."""
+    return [outputs[value] if computed else value for computed, value in spec]
 
 
 def standard(gm: fx.GraphModule) -> StandardGraph:

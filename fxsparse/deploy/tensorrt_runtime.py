@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fxsparse.deploy.onnx_model import OnnxModel
+from fxsparse.deploy.standard import filled
 from fxsparse.deploy.tensorrt_api import CudaEngine, TensorRT
 from fxsparse.deploy.tensorrt_build import Gpu, Plan, Profile, build, decisions, logger
 from fxsparse.errors import TargetError
@@ -56,7 +57,7 @@ class TensorRtModule:
             batch = _batch(self.model, inputs)
             if batch is not None and batch > self.profile.most:
                 self._open(Profile(1, batch, 1 << (batch - 1).bit_length()))
-            outputs = self.model.graph.fill(self._run(inputs))
+            outputs = filled(self.model.graph.outputs, self._run(inputs))
             if self.unchecked and self.check is not None:
                 self.check(inputs, outputs)
             self.unchecked = False
