@@ -132,11 +132,13 @@ def test_inputs_and_outputs_keep_their_structure_and_constants() -> None:
 
 def test_a_plan_for_onnx_counts_standard_operators() -> None:
     masks = shuffled_blocks(Small(), sparsity=0.74, seed=0, rows=16)
-    report = fxsparse.plan(Small(), masks, torch.randn(1, 3, 8, 8), target="onnx")
-    shares = {d.where: d.why for d in report.decisions if d.step == "choose_formats"}
-    eager = {d.where: d.why for d in fxsparse.plan(Small(), masks, torch.randn(1, 3, 8, 8), target="eager").decisions}
-    assert shares["a.weight"].endswith("of the work, not timed")
-    assert shares["a.weight"] != eager["a.weight"]
+
+    def why(target: str) -> str:
+        report = fxsparse.plan(Small(), masks, torch.randn(1, 3, 8, 8), target=target)
+        return next(d.why for d in report.decisions if (d.step, d.where) == ("choose_formats", "a.weight"))
+
+    assert why("onnx").endswith("of the work, not timed")
+    assert int(why("onnx").split("%")[0]) > 1.4 * int(why("eager").split("%")[0])  # taps are stacked
 
 
 def test_float16_runs() -> None:

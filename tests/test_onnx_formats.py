@@ -90,6 +90,8 @@ def test_standard_operators_do_what_the_operator_does(case: str, residual: bool)
     gm = operator_graph(x, weight, activation="relu", residual=residual, **geometry)
     (theirs,), plain = gm(x), standard.standard(gm).gm
     assert all(n.target.namespace == "aten" for n in plain.graph.nodes if n.op == "call_function")
+    permutes = sum(n.target is torch.ops.aten.permute.default for n in plain.graph.nodes)
+    assert permutes == (0 if len(shape) == 2 else 2 + residual)  # none between two layers
     (ours,) = plain(x)
     assert torch.equal(ours, theirs)  # small integers: every sum is exact
 
