@@ -151,11 +151,11 @@ def test_float16_runs() -> None:
 def test_what_the_runtime_has_no_kernels_for_is_refused_and_a_file_can_be_had(
     dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    x = torch.randn(1, 3, 8, 8, dtype=dtype)
+    x, layer = torch.randn(1, 3, 8, 8, dtype=dtype), nn.Conv2d(3, 4, 3).eval().to(dtype)
     wanted = r"ONNX Runtime's CPU kernels compute; got .*\n  Use float32 or float16; .*verify"
     with pytest.raises(TargetError, match=wanted):
-        compiled(Small().to(dtype), x)
-    eager = fxsparse.compile(Small().eval().to(dtype), {}, "eager", example_inputs=x, measure=False)
+        compiled(layer, x, {})
+    eager = fxsparse.compile(layer, {}, "eager", example_inputs=x, measure=False)
     file = fxsparse.export_onnx(eager, tmp_path / "m.onnx", verify=False)
     assert file.opset == (22 if dtype is torch.bfloat16 else 20)
     doubles = tuple(f"{name} of DOUBLE" for name in sorted(file.operators))
@@ -166,6 +166,11 @@ def test_what_the_runtime_has_no_kernels_for_is_refused_and_a_file_can_be_had(
 def small() -> fxsparse.SparseModule:
     torch.manual_seed(0)
     return compiled(Small(), torch.randn(2, 3, 8, 8))
+
+
+@pytest.fixture(scope="module")
+def model(small: fxsparse.SparseModule) -> onnx_model.OnnxModel:
+    return onnx_model.to_onnx(small.graph_module)
 
 
 # --- files
@@ -212,24 +217,27 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
     assert written[0] == written[1]
 
 
-def test_weights_in_a_second_file_and_a_fixed_batch(tmp_path: Path) -> None:
-    fast = compiled(Small(), torch.randn(3, 3, 8, 8), dynamic_batch=False)
-    file = fxsparse.export_onnx(fast, tmp_path / "m.onnx", external_data=True)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
-    assert [p.name for p in file.files] == ["m.onnx", "m.onnx.data"]
+def test_weights_in_a_second_file(model: onnx_model.OnnxModel, tmp_path: Path) -> None:
+    files = onnx_model.save(model, tmp_path / "m.onnx", external_data=True)
+    assert [p.name for p in files] == ["m.onnx", "m.onnx.data"]
+    assert sorted(tmp_path.iterdir()) == list(files)
+    assert files[1].stat().st_size > 0
+    (single,) = onnx_model.save(model, tmp_path / "s.onnx")
+    two, one = onnx.load(files[0]), onnx.load(single)
+    assert two.graph.node == one.graph.node
+    ours = {t.name: onnx.numpy_helper.to_array(t).tobytes() for t in two.graph.initializer}
+    assert ours == {t.name: onnx.numpy_helper.to_array(t).tobytes() for t in one.graph.initializer}
+
+
+def test_a_fixed_batch(tmp_path: Path) -> None:
+    fast = compiled(nn.Linear(4, 4), torch.randn(3, 4), {}, dynamic_batch=False)
+    file = fxsparse.export_onnx(fast, tmp_path / "m.onnx")
     assert set(file.verified) == {3}
-    proto = onnx.load(tmp_path / "m.onnx")
-    assert proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value == 3
-    single = fxsparse.export_onnx(fast, tmp_path / "s.onnx")
-    assert onnx.load(single.files[0]).graph.node == proto.graph.node
-    ours = {t.name: onnx.numpy_helper.to_array(t).tobytes() for t in proto.graph.initializer}
-    assert ours == {
-        t.name: onnx.numpy_helper.to_array(t).tobytes() for t in onnx.load(single.files[0]).graph.initializer
-    }
+    assert onnx.load(file.files[0]).graph.input[0].type.tensor_type.shape.dim[0].dim_value == 3
 
 
 def test_a_write_that_fails_leaves_the_old_file(
-    small: fxsparse.SparseModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: onnx_model.OnnxModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(b"old")
@@ -241,7 +249,7 @@ def test_a_write_that_fails_leaves_the_old_file(
     monkeypatch.setattr(onnx, "save_model", full)
     for external in (False, True):
         with pytest.raises(OSError, match="No space"):
-            fxsparse.export_onnx(small, path, external_data=external, verify=False)
+            onnx_model.save(model, path, external_data=external)
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("m.onnx", b"old")]
 
 
