@@ -23,6 +23,7 @@ from fxsparse.deploy.onnx_runtime import OnnxSession
 from fxsparse.errors import InputError, TargetError, VerificationError
 from fxsparse.formats import shuffled_block_aten as expanded
 from fxsparse.formats.shuffled_block_op import shuffled_block
+from tools import bench
 from tools.block_recipes import shuffled_blocks
 
 
@@ -402,3 +403,10 @@ def test_the_page_s_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "sparse: onnx",
         "sparse: onnx, dense weights",
     }
+
+
+def test_the_page_counts_the_committed_rows() -> None:
+    root = Path(__file__).parents[1]
+    rows = [row for row in bench.load_rows("onnx") if row["dtype"] == "float32"]
+    assert all(set(row["verified"]) == {"1", "2", "5"} and not row["not_in_tensorrt"] for row in rows)
+    assert f"run on {len(rows)} so far" in (root / "docs" / "onnx.md").read_text(encoding="utf-8")
