@@ -14,6 +14,7 @@ from fxsparse.errors import (
     TargetError,
     VerificationError,
 )
+from fxsparse.export import OnnxFile, TensorRtFile, export_onnx, export_tensorrt
 from fxsparse.ir.masks import Masks
 from fxsparse.ir.version import VERSION
 from fxsparse.loading import load
@@ -30,12 +31,16 @@ __all__ = [
     "InputError",
     "MaskError",
     "Masks",
+    "OnnxFile",
     "PackageError",
     "Report",
     "SparseModule",
     "TargetError",
+    "TensorRtFile",
     "VerificationError",
     "compile",
+    "export_onnx",
+    "export_tensorrt",
     "load",
     "plan",
     "read",

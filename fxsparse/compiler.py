@@ -89,6 +89,12 @@ class _Rewritten:
     plan: Plan
     rows: list[Row]
     reference: Reference | None
+    without_formats: _Rewritten | None = None
+
+    def as_chosen(self, gm: fx.GraphModule) -> _Rewritten:
+        """The one of the two that `gm` belongs to."""
+        other = self.without_formats
+        return other if other is not None and gm is other.gm else self
 
 
 def compile(
@@ -107,7 +113,7 @@ def compile(
 
     masks           Masks, a dict by parameter name (bool, uint8 or float 0/1), a path of anything that `fxsparse.read`
                     reads, or None: then zeros in the weights and torch.nn.utils.prune masks are found
-    target          "inductor" (default) or "eager"
+    target          "inductor" (default), "eager", "onnx" (ONNX Runtime, CPU) or "tensorrt"
     example_inputs  positional inputs with the batch in dimension 0; None: compile at the first call
     dynamic_batch   accept any batch size
     formats         how the remaining weights are stored. "auto": dense or a sparse format, whichever is measured faster
@@ -162,11 +168,14 @@ def _build(model: nn.Module, masks: Masks, inputs: tuple[Any, ...], options: Opt
 def build(captured: Captured, in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec, options: Options) -> Build:
     """Rewrite, lower, measure and verify: what both entrances, `compile` and torch.compile, come to."""
     rewritten = _rewrite(captured, options)
-    report = _report(rewritten, options)
     leaves = captured.leaves
-    won = contest(rewritten.dense, rewritten.gm, leaves, options.target, measure=options.measure)
+    other = {"dense weights": rewritten.without_formats.gm} if rewritten.without_formats is not None else {}
+    won = contest(rewritten.dense, rewritten.gm, leaves, options.target, measure=options.measure, also=other)
+    rewritten = rewritten.as_chosen(won.sparse)
+    report = _report(rewritten, options)
     verification = _verify(rewritten, won, options)
-    report = dataclasses.replace(report, verification=verification, **won.for_report())
+    decisions = report.decisions + won.decisions
+    report = dataclasses.replace(report, verification=verification, decisions=decisions, **won.for_report())
     return Build(won.gm, leaves, in_spec, out_spec, options.target, won.run, report, options.dynamic_batch, won.prepare,
                  lowered_by=won.target)  # fmt: skip
 
@@ -195,28 +204,34 @@ def _rewrite(captured: Captured, options: Options) -> _Rewritten:
         own = captured.own(ref.inputs)
         check(pytree.tree_leaves(own), ref, "captured graph", "The front end changed the model: please report it.")
     times = LayerTimes(options.cache_dir, captured.batch)
-    if options.measure:
+    times_layers = options.measure and not options.target.standard_operators
+    if times_layers:
         log.info("time layers")
         for layer in layers:
             layer.dense_us = times(layer.node, *layer.shape[:2]) * 1e6
     ctx = _context(leaves, times, options)
     after_each = _after_each(gm, ref, options)
     plan += run_passes(gm, STRUCTURE, ctx, after_each)
-    if options.measure:
+    if times_layers:
         _time_again(gm, layers, times)
     rows = rows_of(gm, layers, ctx, plan)
+    shrunk = clone(gm) if options.target.standard_operators and options.formats == "auto" else None
     stored = run_passes(gm, STORAGE, ctx, after_each)
     times.save()
-    return _Rewritten(captured, dense, gm, plan + stored, with_formats(rows, layers, stored), ref)
+    chose = any(d.step == "choose_formats" for d in stored.accepted)
+    other = _Rewritten(captured, dense, shrunk, plan, rows, ref) if shrunk is not None and chose else None
+    return _Rewritten(captured, dense, gm, plan + stored, with_formats(rows, layers, stored), ref, other)
 
 
 def _context(leaves: list[Any], times: LayerTimes, options: Options) -> Context:
     device = next(x.device for x in leaves if isinstance(x, Tensor))
     names = options.target.formats(device) if options.formats != "dense" else ()
     forced = options.formats in FORMATS
+    timed = options.measure and not options.target.standard_operators
     return Context(
-        time_layer=times if options.measure else None,
-        time_format=times.of_format if options.measure else None,
+        time_layer=times if timed else None,
+        time_format=times.of_format if timed else None,
+        standard_operators=options.target.standard_operators,
         formats=(options.formats,) if forced else names,
         force_formats=forced,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import fx
 
 from fxsparse.backend import TARGETS, Target
 from fxsparse.backend.target import Runnable
+from fxsparse.ir.decision import Decision
 from fxsparse.ir.graph import clone, get_tensor, set_tensor
 from fxsparse.ir.inputs import Prepare, as_is, channels_last, inputs_channels_last
 from fxsparse.measure import Runs, play_off
@@ -31,14 +32,20 @@ class _Build:
 
 @dataclass
 class Contest:
-    """The build to return, and the timings that chose it (none when nothing was measured)."""
+    """The build to return, and the timings that chose it (none when nothing was measured).
+
+    sparse     the rewritten graph that was the fastest of those; `gm` unless a dense build is returned
+    decisions  what the target itself decided about that one
+    """
 
     gm: fx.GraphModule
     run: Runnable
     prepare: Prepare
     target: Target
     chosen: str
+    sparse: fx.GraphModule
     timings: tuple[Timing, ...] = ()
+    decisions: tuple[Decision, ...] = ()
     dense_ms: float | None = None
     sparse_ms: float | None = None
     spread: tuple[float | None, float | None] = field(default=(None, None))
@@ -52,38 +59,52 @@ class Contest:
 
 
 def contest(
-    dense: fx.GraphModule, sparse: fx.GraphModule, inputs: Sequence[Any], target: Target, *, measure: bool
+    dense: fx.GraphModule,
+    sparse: fx.GraphModule,
+    inputs: Sequence[Any],
+    target: Target,
+    *,
+    measure: bool,
+    also: Mapping[str, fx.GraphModule] | None = None,
 ) -> Contest:
-    """Lower `sparse`; with `measure` also every dense build, time them, and pick the fastest."""
+    """Lower `sparse`; with `measure` also every dense build, time them, and pick the fastest.
+
+    also  other rewritten graphs that compete, by what tells them apart; only with `measure`
+    """
     log.info("lower (%s)", target.name)
-    ours = _Build(f"sparse: {target.name}", sparse, target.lower(sparse, inputs), as_is, target)
+    own = [_Build(f"sparse: {target.name}", sparse, target.lower(sparse, inputs), as_is, target)]
     if not measure:
-        return Contest(ours.gm, ours.run, ours.prepare, target, "sparse")
+        return Contest(sparse, own[0].run, own[0].prepare, target, "sparse", sparse, decisions=_decisions(own[0]))
+    for label, gm in (also or {}).items():
+        own.append(_Build(f"sparse: {target.name}, {label}", gm, target.lower(gm, inputs), as_is, target))
     rivals = dense_builds(dense, inputs, target)
     log.info("measure")
-    builds = {b.name: b for b in [ours, *rivals]}
-    runs = play_off({ours.name: _call(ours, inputs)}, {b.name: _call(b, inputs) for b in rivals})
-    best = runs.fastest([b.name for b in rivals])
+    builds = {b.name: b for b in [*own, *rivals]}
+    runs = play_off({b.name: _call(b, inputs) for b in own}, {b.name: _call(b, inputs) for b in rivals})
+    best, ours = runs.fastest([b.name for b in rivals]), builds[runs.fastest([b.name for b in own])]
     ratios = runs.ratios(best, ours.name)
     faster = ratios[len(ratios) // 2] >= 1.0
     won = ours if faster else builds[best]
     return Contest(
-        won.gm, won.run, won.prepare, won.target, "sparse" if faster else "dense", timings(runs), runs.median(best),
-        runs.median(ours.name), (ratios[len(ratios) // 5], ratios[len(ratios) * 4 // 5]),
+        won.gm, won.run, won.prepare, won.target, "sparse" if faster else "dense", ours.gm, timings(runs),
+        _decisions(ours), runs.median(best), runs.median(ours.name),
+        (ratios[len(ratios) // 5], ratios[len(ratios) * 4 // 5]),
     )  # fmt: skip
 
 
 def dense_builds(dense: fx.GraphModule, inputs: Sequence[Any], target: Target) -> list[_Build]:
-    """The masked model, not rewritten: eager and on the target, contiguous and channels_last."""
-    targets = [TARGETS["eager"]] + ([target] if target.name != "eager" else [])
+    """The masked model, not rewritten: on the target and its rivals, contiguous and channels_last."""
+    targets = [TARGETS[name] for name in target.rivals if name != target.name] + [target]
     formats: list[tuple[str, fx.GraphModule, Prepare]] = [("contiguous", dense, as_is)]
     if any(n.op == "get_attr" and get_tensor(dense, str(n.target)).dim() == 4 for n in dense.graph.nodes):
         formats.append(("channels_last", _channels_last(dense), inputs_channels_last))
     builds = []
     for t in targets:
         for name, gm, prepare in formats:
+            if name not in t.memory_formats:
+                continue
             log.info("lower dense (%s, %s)", t.name, name)
-            builds.append(_Build(f"{t.name}, {name}", gm, t.lower(gm, prepare(inputs)), prepare, t))
+            builds.append(_Build(f"{t.name}, {name}", gm, t.lower_dense(gm, prepare(inputs)), prepare, t))
     return builds
 
 
@@ -95,6 +116,10 @@ def _call(build: _Build, inputs: Sequence[Any]) -> Callable[[], object]:
             return build.run(*prepared)
 
     return run
+
+
+def _decisions(build: _Build) -> tuple[Decision, ...]:
+    return tuple(getattr(build.run, "decisions", ()))
 
 
 def timings(runs: Runs) -> tuple[Timing, ...]:

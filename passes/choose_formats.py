@@ -55,14 +55,15 @@ def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Dec
     name = str(cast(fx.Node, node.args[1]).target)
     what = f"store as {fmt.name}"
     weight = get_tensor(gm, name)
-    why = fmt.why_not(node, weight)
+    why = (fmt.why_not_standard if ctx.standard_operators else fmt.why_not)(node, weight)
     if why:
         return Decision("choose_formats", name, what, why, False)
     packed = fmt.pack(weight)
-    share = packed.nse / weight.numel()
+    work, groups = fmt.standard(packed) if ctx.standard_operators else (packed.nse, packed.row_groups)
+    share = work / weight.numel()
     if share >= 1:
         return Decision("choose_formats", name, what, f"it would hold {share:.0%} of the weight", False)
-    data = {"node": node, "format": fmt.name, "groups": packed.row_groups, "packed": packed, "share": share}
+    data = {"node": node, "format": fmt.name, "groups": groups, "packed": packed, "share": share}
     if ctx.time_format is None or ctx.time_layer is None or ctx.force_formats:
         why = "" if ctx.force_formats else fmt.why_not_untimed(node)
         accepted = (share < MODELLED and not why) or ctx.force_formats

@@ -25,6 +25,7 @@ class Context:
     time_format  measures one layer with a packed weight; None: the number of stored elements decides
     formats      names of the formats that the target runs, for `choose_formats`
     force_formats  choose a format wherever one fits, whatever it takes: for tests
+    standard_operators  formats will be expanded: their work is counted so, and their groups are put in that order
     facts, layout   what the last analysis found; the report reads them
     """
 
@@ -32,5 +33,6 @@ class Context:
     time_format: FormatTimer | None = None
     formats: tuple[str, ...] = ()
     force_formats: bool = False
+    standard_operators: bool = False
     facts: Facts | None = None
     layout: Layout | None = None

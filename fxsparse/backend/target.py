@@ -17,6 +17,11 @@ class Target:
 
     name: str
     reads_shapes = True  # `lower` and `lower_dynamic` read meta["val"], which a graph from a file gets only then
+    # It runs what ATen's own operators say: formats are expanded, and layers timed in PyTorch say nothing about it.
+    # With `formats="auto"` whole models are timed instead, with formats and without.
+    standard_operators: bool = False
+    memory_formats: tuple[str, ...] = ("contiguous", "channels_last")  # that make a difference to it
+    rivals: tuple[str, ...] = ("eager",)  # targets whose dense builds compete too
 
     def formats(self, device: torch.device) -> tuple[str, ...]:
         """Names of the sparse formats (`fxsparse.formats`) whose kernels it can run on `device`."""
@@ -28,6 +33,10 @@ class Target:
     def lower(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Runnable:
         """`gm` made ready for inputs of exactly these shapes. `gm` is not changed."""
         raise NotImplementedError
+
+    def lower_dense(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Runnable:
+        """The same for a dense build to compare with."""
+        return self.lower(gm, inputs)
 
     def lower_dynamic(self, gm: fx.GraphModule) -> Runnable:
         """`gm` made ready for any size of its symbolic dimensions. `gm` is not changed."""

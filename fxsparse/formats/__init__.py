@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from fxsparse.formats.format import Format
+from fxsparse.formats.format import Format, Standard
 
-__all__ = ["FORMATS", "Format"]
+__all__ = ["FORMATS", "Format", "Standard"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")

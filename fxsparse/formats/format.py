@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -23,11 +23,25 @@ class Packed(Protocol):
         """Rows that are stored together, which `permute_channels` will make neighbours."""
 
 
+class Standard(NamedTuple):
+    """What a packed weight is in standard operators alone, as ONNX wants it.
+
+    work        multiply-accumulates per position, in stored elements of a dense weight, overheads included
+    row_groups  the groups in the order in which these operators give their rows: numbered so, no gather is needed
+    """
+
+    work: int
+    row_groups: list[NDArray[np.int64]]
+
+
 class Format:
-    """Subclasses live one to a file and are found there."""
+    """Subclasses live one to a file and are found there.
+
+    operator  the format's own operator, that `lower` puts into a graph; None when it needs none
+    """
 
     name: str
-    operator: torch._ops.OpOverload | None = None  # what `lower` calls
+    operator: torch._ops.OpOverload | None = None
     reads_in_order: bool = False  # whether it depends on which columns are neighbors: then they are not renumbered
 
     def why_not(self, node: fx.Node, weight: Tensor) -> str:
@@ -55,4 +69,16 @@ class Format:
 
         arguments  of the call, with the stored tensors in place of the nodes that read them
         """
+        raise NotImplementedError
+
+    def why_not_standard(self, node: fx.Node, weight: Tensor) -> str:
+        """The same for targets that run `expand`: they need no kernel of ours."""
+        return self.why_not(node, weight)
+
+    def standard(self, packed: Any) -> Standard:
+        """The cost of `expand`, for targets that have standard operators only."""
+        return Standard(packed.nse, packed.row_groups)
+
+    def expand(self, gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+        """Insert ATen operators that do the work of `node`, a call of `operator`; returns the one that replaces it."""
         raise NotImplementedError

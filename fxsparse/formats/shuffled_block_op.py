@@ -27,8 +27,9 @@ from numpy.typing import NDArray
 from torch import Tensor, fx
 
 from fxsparse.errors import InputError, near
-from fxsparse.formats.format import Format
+from fxsparse.formats.format import Format, Standard
 from fxsparse.formats.shuffled_block import ShuffledBlock, pack, unpack
+from fxsparse.formats.shuffled_block_aten import expand, standard
 from fxsparse.ir.graph import arg, aten, new_weight
 from fxsparse.kernels.cpu.shuffled_block import register_operator
 from fxsparse.kernels.cpu.shuffled_block import run as run_on_cpu
@@ -186,12 +187,16 @@ class ShuffledBlockFormat(Format):
     operator = shuffled_block
 
     def why_not(self, node: fx.Node, weight: Tensor) -> str:
+        why = self.why_not_standard(node, weight)
+        if not why and weight.dtype not in KERNEL_DTYPES:
+            return f"the kernel has no {str(weight.dtype).removeprefix('torch.')}"
+        return why
+
+    def why_not_standard(self, node: fx.Node, weight: Tensor) -> str:
         if node.target not in (aten.conv2d.default, aten.linear.default):
             return "only conv2d and linear have this kernel"
         if node.target is aten.conv2d.default and arg(node, "groups") != 1:
             return "a grouped convolution has no columns to choose from"
-        if weight.dtype not in KERNEL_DTYPES:
-            return f"the kernel has no {str(weight.dtype).removeprefix('torch.')}"
         if weight.dim() not in (2, 4) or not weight.numel():
             return f"the weight has shape {tuple(weight.shape)}"
         return ""
@@ -201,6 +206,12 @@ class ShuffledBlockFormat(Format):
 
     def unpack(self, packed: ShuffledBlock) -> Tensor:
         return unpack(packed)
+
+    def standard(self, packed: ShuffledBlock) -> Standard:
+        return standard(packed)
+
+    def expand(self, gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+        return expand(gm, node)
 
     def lower(self, gm: fx.GraphModule, node: fx.Node, packed: ShuffledBlock) -> fx.Node:
         is_conv = node.target is aten.conv2d.default

@@ -1,0 +1,1 @@
+"""Files for other runtimes: ONNX models and TensorRT engines."""
