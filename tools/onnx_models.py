@@ -49,6 +49,9 @@ def row(name: str, folder: Path, kind: str, dtype: torch.dtype) -> dict[str, obj
     """One model."""
     torch.manual_seed(0)
     model = torchvision.models.get_model(name, weights=None).eval()
+    for p in model.parameters():  # the heads of vision transformers begin as zeros, and so would every output
+        if p.dim() > 1 and not p.any():
+            torch.nn.init.normal_(p, std=0.02)
     masks, size = MASKS[kind](model), getattr(model, "image_size", None) or side(name)
     x, start = torch.randn(1, 3, size, size, dtype=dtype), time.perf_counter()
     common = {"model": name, "masks": kind, "dtype": str(dtype).removeprefix("torch."), "side": size}
