@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from fxsparse.backend.tensorrt import tensorrt
 from fxsparse.deploy.onnx_model import OnnxModel, not_in_tensorrt, require, save, to_onnx
@@ -84,7 +85,7 @@ def export_onnx(
 def _write(
     sparse: SparseModule, model: OnnxModel, path: str | os.PathLike[str], external_data: bool | None, verify: bool
 ) -> OnnxFile:
-    verified = verify_onnx(sparse.graph_module, model, sparse.example_inputs) if verify else {}
+    verified = verify_onnx(sparse.graph_module, model, pytree.tree_leaves(sparse.example_inputs)) if verify else {}
     files = save(model, path, external_data=external_data)
     return OnnxFile(files, model.opset, model.operators, not_in_tensorrt(model.proto), model.graph.two_four, verified)
 
@@ -162,7 +163,7 @@ def export_tensorrt(
     table, and when it fails; all that `export_onnx` raises.
     Neither the engine nor the trtexec line has been tried on a real TensorRT yet.
     """
-    gm, own = compiled_graph(sparse), _batch(sparse.example_inputs)
+    gm, own = compiled_graph(sparse), _batch(pytree.tree_leaves(sparse.example_inputs))
     profile = Profile(*batches) if batches is not None else Profile(1, own, own)
     if not 1 <= profile.least <= profile.best <= profile.most:
         raise InputError(f"batches={batches!r}", expected="smallest <= best <= largest, from 1 on", got="others",

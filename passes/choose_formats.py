@@ -59,7 +59,7 @@ def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Dec
     if why:
         return Decision("choose_formats", name, what, why, False)
     packed = fmt.pack(weight)
-    work, groups = fmt.standard(packed) if ctx.standard_operators else (packed.nse, packed.row_groups)
+    work, groups = fmt.standard(packed) if ctx.standard_operators else (packed.work, packed.row_groups)
     share = work / weight.numel()
     if share >= 1:
         return Decision("choose_formats", name, what, f"it would hold {share:.0%} of the weight", False)

@@ -132,7 +132,7 @@ def test_inputs_and_outputs_keep_their_structure_and_constants() -> None:
 
 
 def test_a_plan_for_onnx_counts_standard_operators() -> None:
-    masks = shuffled_blocks(Small(), sparsity=0.74, seed=0, rows=16)
+    masks = {"a.weight": shuffled_blocks(Small(), sparsity=0.74, seed=0, rows=16)["a.weight"]}  # no row dies
 
     def why(target: str) -> str:
         report = fxsparse.plan(Small(), masks, torch.randn(1, 3, 8, 8), target=target)

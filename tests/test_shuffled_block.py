@@ -360,12 +360,12 @@ def test_groups_that_leave_out_a_row_with_a_nonzero_are_refused() -> None:
         pack(w, [np.arange(20)])
 
 
-@pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_format_gives_the_weight_back(name: str, dtype: torch.dtype) -> None:
+def test_the_format_gives_the_weight_back(dtype: torch.dtype) -> None:
+    form = FORMATS["shuffled_block"]
     for shape in ((40, 12), (33, 5, 3, 3), (1, 1)):
         w = blocks(shape, 16, 0.4, 0).to(dtype)
-        assert torch.equal(FORMATS[name].unpack(FORMATS[name].pack(w)), w)
+        assert torch.equal(form.unpack(form.pack(w)), w)
 
 
 def test_a_weight_of_another_rank_is_refused() -> None:

@@ -19,6 +19,10 @@ class Packed(Protocol):
         """Stored elements."""
 
     @property
+    def work(self) -> int:
+        """Multiply-adds per position, in those of a dense layer: the model of its time where nothing is timed."""
+
+    @property
     def row_groups(self) -> list[NDArray[np.int64]]:
         """Rows that are stored together, which `permute_channels` will make neighbours."""
 
@@ -77,7 +81,7 @@ class Format:
 
     def standard(self, packed: Any) -> Standard:
         """The cost of `expand`, for targets that have standard operators only."""
-        return Standard(packed.nse, packed.row_groups)
+        return Standard(packed.work, packed.row_groups)
 
     def expand(self, gm: fx.GraphModule, node: fx.Node) -> fx.Node:
         """Insert ATen operators that do the work of `node`, a call of `operator`; returns the one that replaces it."""

@@ -24,9 +24,13 @@ Numbers = NDArray[np.int64] | NDArray[np.float32]
 
 def cost(rows: Numbers | int, columns: Numbers | int) -> NDArray[np.int64]:
     """Relative time of groups of `rows` x `columns`."""
+    return np.asarray(lanes(rows) * (np.asarray(columns) + START_COLUMNS))
+
+
+def lanes(rows: Numbers | int) -> NDArray[np.int64]:
+    """Of the registers that groups of `rows` rows are summed in."""
     rows = np.asarray(rows)
-    lanes = np.where(rows <= LANES // 2, LANES // 2, (rows + LANES - 1) // LANES * LANES) * (rows > 0)
-    return np.asarray(lanes * (np.asarray(columns) + START_COLUMNS))
+    return np.asarray(np.where(rows <= LANES // 2, LANES // 2, (rows + LANES - 1) // LANES * LANES) * (rows > 0))
 
 
 def group_rows(used: Bits) -> list[Rows]:

@@ -53,6 +53,11 @@ class NM:
         return self.values.numel()
 
     @property
+    def work(self) -> int:
+        """Its time is that of reading it."""
+        return self.nse
+
+    @property
     def row_groups(self) -> list[NDArray[np.int64]]:
         """All rows in one group: they are stored in order, whatever the order."""
         return [np.arange(self.shape[0])]

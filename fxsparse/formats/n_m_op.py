@@ -21,9 +21,9 @@ from torch import Tensor, fx
 
 from fxsparse.errors import InputError
 from fxsparse.formats import semi_structured
-from fxsparse.formats.format import Format
+from fxsparse.formats.format import Format, Standard
 from fxsparse.formats.n_m import NM, misfits, pack, unpack
-from fxsparse.ir.graph import arg, aten, concrete, new_weight
+from fxsparse.ir.graph import arg, aten, concrete, get_tensor, new_weight
 from fxsparse.kernels.cpu import n_m as kernel
 
 # Without a timer only layers whose weights few tokens share: with more, multiplying costs more than reading.
@@ -138,6 +138,17 @@ class NMFormat(Format):
         with gm.graph.inserting_before(node):
             x = call(aten.contiguous.default, (node.args[0],))
             return cast(fx.Node, call(n_m, (x, *stored, arg(node, "bias"), list(packed.shape), packed.n, packed.m)))
+
+    def standard(self, packed: NM) -> Standard:
+        """No work is saved in standard operators."""
+        return Standard(packed.shape[0] * packed.shape[1], packed.row_groups)
+
+    def expand(self, gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+        x, values, codes, bias, shape, n, m = cast(Any, node.args)
+        packed = NM(get_tensor(gm, values.target), get_tensor(gm, codes.target), tuple(shape), n, m)
+        weight = new_weight(gm, node, str(values.target).removesuffix("_values"), unpack(packed))
+        with gm.graph.inserting_before(node):
+            return gm.graph.call_function(aten.linear.default, (x, weight, bias))
 
     def check_call(self, arguments: Sequence[Any]) -> None:
         values, codes, shape, (n, m) = arguments[1], arguments[2], arguments[4], arguments[5:7]

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fxsparse.errors import InputError
-from fxsparse.formats.grouping import LANES, group_rows
+from fxsparse.formats.grouping import LANES, group_rows, lanes
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,12 @@ class ShuffledBlock:
     def nse(self) -> int:
         """Stored elements: zeros inside blocks and lanes that round a group up to 16 rows included."""
         return self.values.numel()
+
+    @property
+    def work(self) -> int:
+        """Multiply-adds per position, idle lanes included: groups of at most 8 rows fill half registers."""
+        sizes, columns = self.row_ptr.diff().numpy(), self.column_ptr.diff().numpy()
+        return int((lanes(sizes) * columns).sum())
 
     @property
     def in_order(self) -> bool:
@@ -137,7 +143,7 @@ def _paired(values: Tensor) -> Tensor:
     return even.view(-1, 2, values.shape[1]).transpose(1, 2)
 
 
-def _apart(values: Tensor, columns: int) -> Tensor:
+def apart(values: Tensor, columns: int) -> Tensor:
     """The reverse: a group's values, flat, as [K, L]."""
     if values.dtype != torch.bfloat16:
         return values.view(columns, -1)
@@ -162,7 +168,7 @@ def unpack(packed: ShuffledBlock) -> Tensor:
         column = packed.columns[int(packed.column_ptr[g]) : int(packed.column_ptr[g + 1])].long()
         block = packed.values[int(packed.value_ptr[g]) : int(packed.value_ptr[g + 1])]
         if len(column):
-            flat[row[:, None], column[None]] = _apart(block, len(column))[:, : len(row)].t()
+            flat[row[:, None], column[None]] = apart(block, len(column))[:, : len(row)].t()
     if len(packed.shape) == 2:
         return flat
     return flat.view(rows, *packed.shape[2:], width).permute(0, 3, 1, 2).contiguous()
@@ -183,10 +189,10 @@ def _problem(p: ShuffledBlock) -> str:
         return "a row or column outside of the weight"
     if len(p.rows) != p.shape[0] or len(p.rows.unique()) != len(p.rows):
         return "a row that is in two groups or in none"
-    lanes = (p.row_ptr.diff().long() + LANES - 1) // LANES * LANES
+    padded = (p.row_ptr.diff().long() + LANES - 1) // LANES * LANES
     columns = p.column_ptr.diff().long()
     columns += columns % 2 if p.values.dtype == torch.bfloat16 else 0
-    if not torch.equal(p.value_ptr.diff(), columns * lanes):
+    if not torch.equal(p.value_ptr.diff(), columns * padded):
         return "blocks that are not rows x columns"
     inner = torch.ones(max(0, len(p.columns) - 1), dtype=torch.bool, device="cpu")
     starts = p.column_ptr[1:-1].long() - 1

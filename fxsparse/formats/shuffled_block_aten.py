@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from fxsparse.formats.format import Standard
-from fxsparse.formats.grouping import LANES
-from fxsparse.formats.shuffled_block import ShuffledBlock
+from fxsparse.formats.shuffled_block import ShuffledBlock, apart
 from fxsparse.ir.graph import arg, aten, new_weight, weight_of
 
 # Measured in ONNX Runtime 1.32 on one core (AMD EPYC with AVX-512), groups of 64 rows, a quarter of the columns:
@@ -102,18 +101,13 @@ def _form(packed: ShuffledBlock) -> tuple[list[Block], bool]:
 
 
 def _blocks(packed: ShuffledBlock) -> list[Block]:
-    """The groups, and the rows that are in none of them: those read column 0, times zero."""
+    """The groups; one without columns reads column 0, times zero."""
     found = []
     for g, rows in enumerate(packed.row_groups):
         columns = packed.columns[int(packed.column_ptr[g]) : int(packed.column_ptr[g + 1])].long()
         stored = packed.values[int(packed.value_ptr[g]) : int(packed.value_ptr[g + 1])]
-        lanes = -(-len(rows) // LANES) * LANES
-        found.append(_block(torch.from_numpy(rows), columns, stored.view(-1, lanes)[:, : len(rows)].t()))
-    alone = torch.ones(packed.shape[0], dtype=torch.bool, device="cpu")
-    alone[packed.rows.long()] = False
-    if bool(alone.any()):
-        others = alone.nonzero()[:, 0]
-        found.append(_block(others, packed.columns[:0].long(), packed.values.new_zeros(len(others), 0)))
+        weight = apart(stored, len(columns))[:, : len(rows)].t() if len(columns) else stored.view(len(rows), 0)
+        found.append(_block(torch.from_numpy(rows), columns, weight))
     return found
 
 
