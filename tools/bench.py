@@ -332,6 +332,11 @@ def load_rows(folder: str = "") -> list[dict[str, Any]]:
     return [json.loads(line) for path in files for line in path.read_text().splitlines()]
 
 
+def newest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last row of every case, where the first one of it stood."""
+    return list({tuple(row.get(key) for key in _CASE): row for row in rows}.values())
+
+
 def matrix(rows: Sequence[Mapping[str, Any]]) -> str:
     """How many cases are slower than 0.98 times the best dense build, which, and what the cost model got wrong."""
     slower = [r for r in rows if r["speedup"] < 0.98]
@@ -342,7 +347,8 @@ def matrix(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The README's tables: every row, winners and losers; channels that go, then blocks inside layers that stay."""
+    """The README's tables: every case, winners and losers; channels that go, then blocks inside layers that stay."""
+    rows = newest(rows)
     blocks = [r for r in rows if r["recipe"] in BLOCK_RECIPES]
     channels = [r for r in rows if r["recipe"] not in BLOCK_RECIPES]
     parts = [_table(channels, _CHANNEL_COLUMNS), _table(blocks, _BLOCK_COLUMNS)]
@@ -375,7 +381,7 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "speedup / MAC ratio": lambda r: f"{r['eta']:.2f}",
 }
 _CHANNEL_COLUMNS = {"time / natively slim": lambda r: f"{r['over_slim']:.3f}" if "over_slim" in r else ""}
-_BLOCK_COLUMNS = {"rows of a group": lambda r: str(r["rows"])}
+_BLOCK_COLUMNS = {"rows of a group": lambda r: str(r["rows"]), "dtype": lambda r: str(r["dtype"])}
 
 
 def write_readme() -> int:

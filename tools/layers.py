@@ -18,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from torch import Tensor
 from fxsparse.coarsen import n_m
 from fxsparse.formats.n_m import pack as pack_n_m
 from fxsparse.formats.n_m_op import multiply as multiply_n_m
+from fxsparse.formats.n_m_op import n_m_into
 from fxsparse.formats.shuffled_block import pack
-from fxsparse.formats.shuffled_block_op import multiply
+from fxsparse.formats.shuffled_block_op import multiply, shuffled_block_into
 from fxsparse.measure import Runs, cpu_name, interleave, onednn_convolution, onednn_linear
 from tools.bench import ROWS, git, load_rows
 from tools.block_recipes import block_mask
@@ -41,7 +43,7 @@ LAYERS = (
 )  # fmt: skip
 LINEAR = ((768, 768), (768, 3072), (3072, 768), (4096, 4096), (4096, 11008))  # input features, output features
 TOKENS = (1, 2, 4, 8)  # that share the weights
-KINDS = ((64, 0.5), (64, 0.26), (64, 0.1), (32, 0.26), (16, 0.26))  # rows of a group, density
+KINDS = ((64, 0.5), (64, 0.26), (64, 0.1), (32, 0.26), (16, 0.26), (8, 0.26))  # rows of a group, density
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.layers", description="See the module's text.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of shuffled blocks")
     parser.add_argument("--format", choices=("shuffled_block", "n_m"), default="shuffled_block")
     parser.add_argument("--out", type=Path, help="append rows here (default: print only)")
     parser.add_argument("--table", action="store_true", help=f"print the rows in {ROWS.name}/layers")
@@ -77,19 +80,25 @@ def _row(
     ins, outs, side, kernel, stride = layer
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(outs, ins, kernel, kernel, generator=generator)
-    weight *= block_mask(weight, torch.arange(outs), 1 - density, rows, generator)
-    x = torch.randn(arguments.batch, ins, side, side, generator=generator).to(memory_format=torch.channels_last)
+    dtype = getattr(torch, arguments.dtype)
+    weight = (weight * block_mask(weight, torch.arange(outs), 1 - density, rows, generator)).to(dtype)
+    x = torch.randn(arguments.batch, ins, side, side, generator=generator)
+    x = x.to(dtype, memory_format=torch.channels_last)
     inside, packed = x.permute(0, 2, 3, 1), pack(weight)
     padding = kernel // 2
     dense = onednn_convolution(x, weight, [stride, padding, 1], 1)
     if dense is None:
         raise SystemExit("tools.layers compares with oneDNN on a CPU, and this build of torch has none")
-    geometry: dict[str, Any] = {"stride": [stride] * 2, "padding": [padding] * 2}
-    runs = interleave({"dense": dense, "packed": lambda: multiply(packed, inside, **geometry)}, seconds=0.5)
-    command = f"python -m tools.layers --threads {arguments.threads} --batch {arguments.batch}"
+    out = multiply(packed, inside, stride=[stride] * 2, padding=[padding] * 2)  # Inductor plans its memory
+    sizes = (list(packed.shape), [stride] * 2, [padding] * 2, [1, 1], "none")
+    call = partial(shuffled_block_into, inside, *packed.tensors, None, None, *sizes, out)
+    runs = interleave({"dense": dense, "packed": call}, seconds=0.5)
+    command = (
+        f"python -m tools.layers --threads {arguments.threads} --batch {arguments.batch} --dtype {arguments.dtype}"
+    )
     return {
         "layer": f"{ins}->{outs} {kernel}x{kernel} /{stride} at {side}", "rows": rows, "density": density,
-        "batch": arguments.batch, **_measured(runs, "dense", density, arguments, command),
+        "batch": arguments.batch, "dtype": arguments.dtype, **_measured(runs, "dense", density, arguments, command),
     }  # fmt: skip
 
 
@@ -106,7 +115,8 @@ def _n_m_row(sizes: tuple[int, int], tokens: int, dtype: torch.dtype, arguments:
         "mkl": _mkl(x, weight),
     }  # fmt: skip
     builds = {name: call for name, call in dense.items() if call is not None}
-    runs = interleave({**builds, "packed": lambda: multiply_n_m(packed, x)}, seconds=1.0)
+    call = partial(n_m_into, x, packed.values, packed.codes, None, [outs, ins], 2, 4, multiply_n_m(packed, x))
+    runs = interleave({**builds, "packed": call}, seconds=1.0)
     command = f"python -m tools.layers --format n_m --threads {arguments.threads}"
     return {
         "layer": f"{ins}->{outs}", "tokens": tokens, "dtype": str(dtype).removeprefix("torch."),
@@ -136,12 +146,12 @@ def _measured(runs: Runs, dense: str, density: float, arguments: argparse.Namesp
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line per layer and number of threads, one column per kind: speedup, and the share of the ideal."""
+    """One line per layer, dtype and number of threads, one column per kind: speedup, and the share of the ideal."""
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for r in rows:
-        cells = lines.setdefault((r["layer"], str(r["threads"])), {})
+        cells = lines.setdefault((r["layer"], r["dtype"], str(r["threads"])), {})
         cells[f"R {r['rows']}, {r['density']}"] = f"{r['speedup']:.2f} ({r['rate']:.2f})"
-    return _drawn(lines, ["layer", "threads"], rows)
+    return _drawn(lines, ["layer", "dtype", "threads"], rows)
 
 
 def n_m_table(rows: Sequence[Mapping[str, Any]]) -> str:
