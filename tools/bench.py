@@ -332,7 +332,7 @@ def load_rows(folder: str = "") -> list[dict[str, Any]]:
     return [json.loads(line) for path in files for line in path.read_text().splitlines()]
 
 
-def newest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def newest(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The last row of every case, where the first one of it stood."""
     return list({tuple(row.get(key) for key in _CASE): row for row in rows}.values())
 
