@@ -75,7 +75,8 @@ def test_every_row_says_where_it_comes_from() -> None:
         assert row["best_dense"].startswith("dense")
         low, _, high = row["builds_ms"][row["best_dense"]]
         assert low <= row["dense_ms"] <= high
-        assert len([name for name in row["builds_ms"] if name.startswith("dense")]) == 5
+        rivals = 5 if row["dtype"] == "float32" else 4  # ONNX Runtime's CPU kernels have no bfloat16
+        assert len([name for name in row["builds_ms"] if name.startswith("dense")]) == rivals
 
 
 @pytest.mark.parametrize("page", ["n_m", "readers"])

@@ -202,7 +202,7 @@ def test_a_llama_is_rewritten_as_compile_does() -> None:
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # its new name is not in 5.0
 def test_a_llama_decodes_with_its_cache() -> None:
-    from transformers import StaticCache
+    StaticCache = pytest.importorskip("transformers").StaticCache
 
     model, masks = llama()
     ours = Compiled(model, masks)
