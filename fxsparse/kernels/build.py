@@ -64,7 +64,12 @@ def cache_folder() -> Path:
 @functools.cache
 def digest(name: str) -> str:
     """A hash of the source, for keys of what was measured with it."""
-    return hashlib.sha256((_SOURCES / f"{name}.cpp").read_bytes()).hexdigest()[:12]
+    return hashlib.sha256(_text(_SOURCES / f"{name}.cpp")).hexdigest()[:12]
+
+
+def _text(source: Path) -> bytes:
+    """The source and every header beside it, whether it includes them or not."""
+    return b"\0".join(path.read_bytes() for path in [source, *sorted(source.parent.glob("*.h"))])
 
 
 @functools.cache
@@ -118,7 +123,7 @@ def _compiler_or_raise(name: str) -> list[str]:
 
 
 def _key(source: Path, command: list[str]) -> str:
-    parts = [source.read_bytes(), repr(command).encode(), _version(command[0]).encode(), platform.machine().encode()]
+    parts = [_text(source), repr(command).encode(), _version(command[0]).encode(), platform.machine().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 

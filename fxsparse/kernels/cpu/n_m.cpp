@@ -19,31 +19,16 @@
 #include <immintrin.h>
 #endif
 
+#include "bfloat16.h"
+#include "n_m.h"
+
+using n_m::Problem;
+
 namespace {
 
 constexpr int ROWS = 16;        // of a group: what is stored together, whatever the machine
 constexpr int64_t AHEAD_BYTES = 4096;  // values are fetched so far ahead: the processor itself stops at a page's end
 constexpr int64_t CHAIN = 160;  // products summed up in one go: rounding errors grow with the length
-
-struct BFloat16 {
-    uint16_t bits;
-};
-
-inline float widen(float v) { return v; }
-inline double widen(double v) { return v; }
-inline float widen(BFloat16 v) {
-    const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
-}
-inline void narrow(float v, float* to) { *to = v; }
-inline void narrow(double v, double* to) { *to = v; }
-inline void narrow(float v, BFloat16* to) {
-    uint32_t bits;
-    std::memcpy(&bits, &v, 4);
-    to->bits = v != v ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // ties to even
-}
 
 // Vectors of rows: a register of weights or sums, one of codes, and the four inputs of a quad ready to be picked from.
 #if defined(__AVX512F__)
@@ -197,18 +182,6 @@ void group_times(int64_t tokens, const W* values, const uint32_t* codes, int64_t
     for (int64_t t = 0; t < tokens; t++)
         rows_times_one<std::remove_pointer_t<decltype(y)>, W, N>(values, codes, quads, x + t * step, y + t * ROWS);
 }
-
-}  // namespace
-
-extern "C" {
-
-// All sizes in elements; see fxsparse/formats/n_m.py for what the arrays hold. Checked there, not here.
-struct Problem {
-    int64_t tokens, rows, columns, n, threads;
-};
-}
-
-namespace {
 
 template <typename F, typename W, int N>
 void multiply(const Problem& p, const W* x, W* y, const W* values, const uint32_t* codes, const W* bias) {

@@ -3,31 +3,24 @@
 // Only torch's stable C++ interface is used; see shuffled_block_torch.cpp, which does the same for its format.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <optional>
 #include <type_traits>
 #include <vector>
 
+#include "n_m.h"
+#include "torch_call.h"
+
 namespace {
 
+using n_m::Problem;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// As in n_m.cpp.
-struct Problem {
-    int64_t tokens, rows, columns, n, threads;
-};
 using Kernel = void (*)(const void* problem, const void* x, void* y, const void* values, const void* codes, const void* bias);
 
 Kernel float32_kernel = nullptr, bfloat16_kernel = nullptr, float64_kernel = nullptr;
-
-void expect(bool holds, const char* what) {
-    STD_TORCH_CHECK(holds, "fxsparse::n_m: expected ", what,
-                    "; got another. Call fxsparse.compile again with inputs like these.");
-}
 
 Kernel kernel_for(ScalarType dtype) {
     switch (dtype) {
@@ -41,23 +34,22 @@ Kernel kernel_for(ScalarType dtype) {
 void n_m_into(Tensor x, Tensor values, Tensor codes, std::optional<Tensor> bias, std::vector<int64_t> shape, int64_t n,
               int64_t m, Tensor out) {
     const auto dtype = x.scalar_type();
+    const Call call{"n_m", x, out};
     const int64_t rows = shape[0], columns = shape[1];
     const Kernel kernel = kernel_for(dtype);
-    expect(kernel && m == 4 && (n == 1 || n == 2), "1:4 or 2:4 in float32, bfloat16 or float64");
-    expect(values.scalar_type() == dtype && out.scalar_type() == dtype, "values and output in the dtype of x");
-    expect(x.dim() > 0 && x.sizes()[x.dim() - 1] == columns, "the weight's columns in the last dimension of x");
-    expect(values.numel() == (rows + 15) / 16 * 16 * (columns / 4) * n, "values of the weight's shape");
-    expect(out.is_contiguous() && out.dim() == x.dim() && out.sizes()[out.dim() - 1] == rows &&
-               out.numel() * columns == x.numel() * rows,
-           "a contiguous output of the product's shape");
-    if (bias) expect(bias->scalar_type() == dtype && bias->numel() == rows, "a bias of the output's columns and dtype");
+    call.expect(kernel && m == 4 && (n == 1 || n == 2), "1:4 or 2:4 in float32, bfloat16 or float64");
+    call.expect(values.scalar_type() == dtype && out.scalar_type() == dtype, "values and output in the dtype of x");
+    call.expect(x.dim() > 0 && x.sizes()[x.dim() - 1] == columns, "the weight's columns in the last dimension of x");
+    call.expect(values.numel() == (rows + 15) / 16 * 16 * (columns / 4) * n, "values of the weight's shape");
+    call.expect(out.is_contiguous() && out.dim() == x.dim() && out.sizes()[out.dim() - 1] == rows &&
+                    out.numel() * columns == x.numel() * rows,
+                "a contiguous output of the product's shape");
+    if (bias) call.expect(bias->scalar_type() == dtype && bias->numel() == rows, "a bias of the output's columns and dtype");
     if (!out.numel()) return;
-    const auto dense = [](const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); };
     x = dense(x);
-    if (bias) bias = dense(*bias);
+    bias = dense(bias);
     const Problem problem{x.numel() / columns, rows, columns, n, torch::stable::get_num_threads()};
-    kernel(&problem, x.data_ptr(), out.data_ptr(), values.data_ptr(), codes.data_ptr(),
-           bias ? bias->data_ptr() : nullptr);
+    kernel(&problem, x.data_ptr(), out.data_ptr(), values.data_ptr(), codes.data_ptr(), data_of(bias));
 }
 
 }  // namespace

@@ -22,6 +22,11 @@
 #include <immintrin.h>
 #endif
 
+#include "bfloat16.h"
+#include "shuffled_block.h"
+
+using shuffled_block::Problem;
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -51,10 +56,6 @@ typedef int32_t IntVec __attribute__((vector_size(LANES * sizeof(float)), aligne
 
 enum Activation { NONE, RELU, RELU6, SILU, GELU, HARDSWISH };
 
-struct BFloat16 {
-    uint16_t bits;
-};
-
 // What the tiles read: bfloat16 as it is where the processor multiplies pairs of them, else widened to float.
 #if defined(__AVX512BF16__)
 template <typename T>
@@ -63,24 +64,6 @@ using Read = T;
 template <typename T>
 using Read = float;
 #endif
-
-inline float widen(float v) { return v; }
-inline float widen(BFloat16 v) {
-    uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
-}
-inline void narrow(float v, float* to) { *to = v; }
-inline void narrow(float v, BFloat16* to) {
-    uint32_t bits;
-    std::memcpy(&bits, &v, 4);
-    if (v != v) {
-        to->bits = 0x7fc0;
-    } else {
-        to->bits = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
-    }
-}
 
 inline Vec splat(float v) { return Vec{} + v; }
 inline Vec at_least(Vec v, float low) { return v < splat(low) ? splat(low) : v; }  // NaN stays NaN
@@ -394,22 +377,6 @@ Tile<T> tile_for(int vectors, int pixels, int64_t lanes) {
         default: return nullptr;
     }
 }
-
-}  // namespace
-
-extern "C" {
-
-// All sizes in elements; see fxsparse/formats/shuffled_block.py for what the arrays hold. Checked there, not here.
-struct Problem {
-    int64_t images, height, width, channels;
-    int64_t out_height, out_width, out_channels;
-    int64_t kernel_height, kernel_width;
-    int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
-    int64_t groups, activation, threads;
-};
-}
-
-namespace {
 
 // A rectangle of output pixels whose input is read with constant steps.
 template <typename T>

@@ -6,8 +6,6 @@
 // the operator as well: that is for programs without Python.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -17,8 +15,12 @@
 #include <type_traits>
 #include <vector>
 
+#include "shuffled_block.h"
+#include "torch_call.h"
+
 namespace {
 
+using shuffled_block::Problem;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Sizes = std::vector<int64_t>;
@@ -29,22 +31,6 @@ using Kernel = void (*)(const void* problem, const void* x, void* y, const void*
 Kernel float32_kernel = nullptr, bfloat16_kernel = nullptr;
 constexpr int64_t LARGEST_IMAGE = int64_t{1} << 29;  // elements: inside an image the kernel counts with 32 bits
 const char* const ACTIVATIONS[] = {"none", "relu", "relu6", "silu", "gelu", "hardswish"};
-
-std::string shape_of(const Tensor& tensor) {
-    std::string text;
-    for (const int64_t size : tensor.sizes()) text += (text.empty() ? "" : ", ") + std::to_string(size);
-    return "[" + text + "]";
-}
-
-// What is multiplied and where to, for the words of an error.
-struct Call {
-    const Tensor &x, &out;
-
-    void expect(bool holds, const char* what) const {
-        STD_TORCH_CHECK(holds, "fxsparse::shuffled_block: expected ", what, "; got x ", shape_of(x), " and an output ",
-                        shape_of(out), ". Call fxsparse.compile again with inputs like these.");
-    }
-};
 
 int64_t number_of(const std::string& activation) {
     const auto* const end = std::end(ACTIVATIONS);
@@ -63,42 +49,31 @@ bool same_shape(const Tensor& a, const Tensor& b) {
     return true;
 }
 
-// `Problem` of shuffled_block.cpp but for its last three numbers. Without image dimensions all pixels are one line.
-struct Problem {
-    int64_t images, height, width, channels;
-    int64_t out_height, out_width, out_channels;
-    int64_t kernel_height, kernel_width;
-    int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
-    int64_t groups, activation, threads;
-};
-
+// All of it but its last three numbers. Without image dimensions all pixels are one line.
 Problem problem(const Call& call, const Sizes& shape, const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
-    const auto& [x, out] = call;
     const int64_t kh = shape.size() == 4 ? shape[2] : 1, kw = shape.size() == 4 ? shape[3] : 1;
-    const auto from = x.sizes(), to = out.sizes();
+    const auto from = call.x.sizes(), to = call.out.sizes();
     const size_t last = from.size() - 1;
     const bool image = from.size() == 4;
     const bool pointwise = kh * kw * stride[0] * stride[1] == 1 && !padding[0] && !padding[1];
     call.expect(!from.empty() && from.size() == to.size(), "an output with as many dimensions as x");
     call.expect(from[last] == shape[1] && to[last] == shape[0], "the weight's channels in the last dimension");
     call.expect(image || pointwise, "x [N, H, W, I]");
-    const int64_t n = image ? from[0] : 1, h = image ? from[1] : 1, w = image ? from[2] : x.numel() / shape[1];
+    const int64_t n = image ? from[0] : 1, h = image ? from[1] : 1, w = image ? from[2] : call.x.numel() / shape[1];
     const int64_t oh = output_size(h, kh, stride[0], padding[0], dilation[0]);
     const int64_t ow = output_size(w, kw, stride[1], padding[1], dilation[1]);
-    call.expect(oh > 0 && ow > 0 && out.numel() == n * oh * ow * shape[0], "an output of the product's size");
+    call.expect(oh > 0 && ow > 0 && call.out.numel() == n * oh * ow * shape[0], "an output of the product's size");
     call.expect(!image || (to[0] == n && to[1] == oh && to[2] == ow), "an output of the product's shape");
     call.expect(h * w * shape[1] <= LARGEST_IMAGE, "images of at most 2^29 elements");
     return {n, h, w, shape[1], oh, ow, shape[0], kh, kw, stride[0], stride[1], padding[0], padding[1], dilation[0],
             dilation[1], 0, 0, 0};
 }
 
-const void* data_of(const std::optional<Tensor>& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
-
 void shuffled_block_into(Tensor x, Tensor values, Tensor value_ptr, Tensor columns, Tensor column_ptr, Tensor rows,
                          Tensor row_ptr, std::optional<Tensor> bias, std::optional<Tensor> residual, Sizes shape,
                          Sizes stride, Sizes padding, Sizes dilation, std::string activation, Tensor out) {
     const ScalarType dtype = x.scalar_type();
-    const Call call{x, out};
+    const Call call{"shuffled_block", x, out};
     call.expect(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "float32 or bfloat16");
     call.expect(out.scalar_type() == dtype && out.is_contiguous(), "a contiguous output in the dtype of x");
     call.expect(values.scalar_type() == dtype, "packed values in the dtype of x");
@@ -110,10 +85,9 @@ void shuffled_block_into(Tensor x, Tensor values, Tensor value_ptr, Tensor colum
     q.activation = number_of(activation);
     call.expect(q.activation < 6, "a known activation");
     q.threads = torch::stable::get_num_threads();
-    const auto dense = [](const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); };
     x = dense(x);
-    if (bias) bias = dense(*bias);
-    if (residual) residual = dense(*residual);
+    bias = dense(bias);
+    residual = dense(residual);
     const Kernel kernel = dtype == ScalarType::Float ? float32_kernel : bfloat16_kernel;
     kernel(&q, x.data_ptr(), out.data_ptr(), values.data_ptr(), value_ptr.data_ptr(), columns.data_ptr(),
            column_ptr.data_ptr(), rows.data_ptr(), row_ptr.data_ptr(), data_of(bias), data_of(residual));
