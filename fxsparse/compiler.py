@@ -25,6 +25,7 @@ from fxsparse.formats import FORMATS
 from fxsparse.ir.capture import capture, masked_output
 from fxsparse.ir.decision import Plan
 from fxsparse.ir.graph import clone, erase_unused, flat
+from fxsparse.ir.inputs import batch_size
 from fxsparse.ir.masks import Masks
 from fxsparse.measure import LayerTimes, cpu_name
 from fxsparse.module import Build, SparseModule
@@ -75,8 +76,7 @@ class Captured:
     def batch(self) -> int:
         """The example's batch size."""
         grows = self.grows if self.grows is not None and any(self.grows) else [True] * len(self.leaves)
-        batched = (x for x, one in zip(self.leaves, grows, strict=True) if one)
-        return next((x.shape[0] for x in batched if isinstance(x, Tensor) and x.dim()), 1)
+        return batch_size(x for x, one in zip(self.leaves, grows, strict=True) if one)
 
 
 @dataclasses.dataclass

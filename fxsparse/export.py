@@ -22,6 +22,7 @@ from fxsparse.errors import InputError
 from fxsparse.ir.decision import Decision
 from fxsparse.ir.files import replacing
 from fxsparse.ir.graph import flat
+from fxsparse.ir.inputs import batch_size
 from fxsparse.module import SparseModule
 from fxsparse.verify import check, probe, reference
 
@@ -114,7 +115,7 @@ def check_path(path: str | os.PathLike[str]) -> None:
 def verify_onnx(gm: fx.GraphModule, model: OnnxModel, example: Sequence[object]) -> dict[int, str]:
     """What ONNX Runtime gives at several batch sizes, against the graph in float64. Raises VerificationError."""
     session, found, plain = OnnxSession(model), {}, flat(gm)
-    own = _batch(example)
+    own = batch_size(example)
     for batch in dict.fromkeys((own, *BATCHES)) if model.dynamic else (own,):
         ref = reference(plain, probe(example, batch=batch if model.dynamic else None, seed=batch))
         exact = [y.cpu() if isinstance(y, Tensor) else y for y in ref.exact]
@@ -163,7 +164,7 @@ def export_tensorrt(
     table, and when it fails; all that `export_onnx` raises.
     Neither the engine nor the trtexec line has been tried on a real TensorRT yet.
     """
-    gm, own = compiled_graph(sparse), _batch(pytree.tree_leaves(sparse.example_inputs))
+    gm, own = compiled_graph(sparse), batch_size(pytree.tree_leaves(sparse.example_inputs))
     profile = Profile(*batches) if batches is not None else Profile(1, own, own)
     if not 1 <= profile.least <= profile.best <= profile.most:
         raise InputError(f"batches={batches!r}", expected="smallest <= best <= largest, from 1 on", got="others",
@@ -192,7 +193,3 @@ def trtexec(model: OnnxModel, profile: Profile, path: Path) -> str:
         parts.append(f"--{which}Shapes={sizes}")
     parts += [f"--timingCacheFile={path.with_suffix('.timing')}", "--profilingVerbosity=detailed"]
     return shlex.join(parts)
-
-
-def _batch(example: Sequence[object]) -> int:
-    return next((x.shape[0] for x in example if isinstance(x, Tensor) and x.dim()), 1)

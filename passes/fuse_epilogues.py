@@ -12,15 +12,13 @@ from typing import Any, cast
 
 from torch import fx
 
-from fxsparse.formats.shuffled_block_op import TO_FIRST, channels_last, shuffled_block
+from fxsparse.formats.shuffled_block_aten import ACTIVATIONS, TO_FIRST
+from fxsparse.formats.shuffled_block_op import channels_last, shuffled_block
 from fxsparse.ir.decision import Decision
 from fxsparse.ir.graph import arg, aten, operator_name, owner, set_arg
 from fxsparse.passes.context import Context
 
-_ACTIVATION = {
-    aten.relu.default: "relu", aten.relu6.default: "relu6", aten.silu.default: "silu",
-    aten.gelu.default: "gelu", aten.hardswish.default: "hardswish",
-}  # fmt: skip
+_ACTIVATION = {operator: name for name, operator in ACTIVATIONS.items()}
 
 
 @dataclass

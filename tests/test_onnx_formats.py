@@ -13,7 +13,7 @@ from fxsparse.deploy import standard
 from fxsparse.deploy.gathers import merge_gathers
 from fxsparse.errors import TargetError
 from fxsparse.formats import shuffled_block_aten as expanded
-from fxsparse.formats.shuffled_block import pack, unpack
+from fxsparse.formats.shuffled_block import ARRAYS, pack, unpack
 from fxsparse.formats.shuffled_block_op import shuffled_block
 from fxsparse.ir.graph import clone, refresh
 
@@ -31,7 +31,7 @@ def operator_graph(x: Tensor, weight: Tensor, *, activation: str, residual: bool
     """y = op(x), as the pipeline leaves it, with shapes; the bias is 1, 2, 3 ..."""
     packed = pack(weight)
     gm, graph = nn.Module(), fx.Graph()
-    tensors = dict(zip(packed.names, packed.tensors, strict=True)) | {"bias": torch.arange(1.0, len(weight) + 1)}
+    tensors = dict(zip(ARRAYS, packed.tensors, strict=True)) | {"bias": torch.arange(1.0, len(weight) + 1)}
     for name, tensor in tensors.items():
         gm.register_buffer(f"w_{name}", tensor)
     node = graph.placeholder("x")

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fxsparse.backend.target import Runnable, Target
 from fxsparse.deploy.onnx_model import require, to_onnx
 from fxsparse.deploy.onnx_runtime import OnnxSession
 from fxsparse.errors import TargetError
+from fxsparse.ir.graph import input_devices
 
 
 class Onnx(Target):
@@ -43,8 +44,7 @@ class Onnx(Target):
 
 
 def _refuse_device(gm: fx.GraphModule) -> None:
-    vals = [n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"]
-    elsewhere = {str(v.device) for v in vals if isinstance(v, Tensor) and v.device.type != "cpu"}
+    elsewhere = {str(device) for device in input_devices(gm) if device.type != "cpu"}
     if elsewhere:
         raise TargetError("target 'onnx'", expected="a model and inputs on the CPU", got=", ".join(sorted(elsewhere)),
                           do="Pass model.cpu() and inputs on the CPU; the exported file runs anywhere.")  # fmt: skip

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fxsparse.backend.target import Runnable, Target
 from fxsparse.deploy.onnx_model import OnnxModel, require, to_onnx
@@ -14,7 +14,8 @@ from fxsparse.deploy.tensorrt_api import TensorRT, load
 from fxsparse.deploy.tensorrt_build import Profile
 from fxsparse.deploy.tensorrt_runtime import TensorRtModule
 from fxsparse.errors import TargetError
-from fxsparse.ir.graph import flat
+from fxsparse.ir.graph import flat, input_devices
+from fxsparse.ir.inputs import batch_size
 from fxsparse.verify import check, reference
 
 DEVICE = "cuda"
@@ -56,7 +57,7 @@ class TensorRt(Target):
         return TensorRtModule(tensorrt(), model, ANY_BATCH, sparse=True, check=compare)
 
     def _module(self, gm: fx.GraphModule, inputs: Sequence[Any], *, sparse: bool) -> Runnable:
-        batch = next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim()), 1)
+        batch = batch_size(inputs)
         return TensorRtModule(tensorrt(), _onnx(gm), Profile(batch, batch, batch), sparse=sparse)
 
 
@@ -75,8 +76,7 @@ def has_gpu() -> bool:
 
 
 def _onnx(gm: fx.GraphModule) -> OnnxModel:
-    vals = [n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"]
-    elsewhere = {str(v.device) for v in vals if isinstance(v, Tensor) and not _is_current(v.device)}
+    elsewhere = {str(device) for device in input_devices(gm) if not _is_current(device)}
     if elsewhere:
         raise TargetError("target 'tensorrt'", expected="a model and inputs on the current GPU",
                           got=", ".join(sorted(elsewhere)),

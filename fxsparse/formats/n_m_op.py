@@ -23,18 +23,18 @@ from fxsparse.errors import InputError
 from fxsparse.formats import semi_structured
 from fxsparse.formats.format import Format, Standard
 from fxsparse.formats.n_m import NM, misfits, pack, unpack
+from fxsparse.formats.operator import LIBRARY, define
 from fxsparse.ir.graph import arg, aten, concrete, get_tensor, new_weight
 from fxsparse.kernels.cpu import n_m as kernel
 
 # Without a timer only layers whose weights few tokens share: with more, multiplying costs more than reading.
 FEW_TOKENS = {torch.float32: 4, torch.bfloat16: 1}
-_library = torch.library.Library("fxsparse", "FRAGMENT")
-_ARGUMENTS = "Tensor x, Tensor values, Tensor codes, Tensor? bias, int[] shape, int n, int m"
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-_library.define(f"n_m({_ARGUMENTS}) -> Tensor", tags=_TAGS)
-_library.define(f"n_m_into({_ARGUMENTS}, Tensor(a!) out) -> ()", tags=_TAGS)  # into memory that Inductor plans
-n_m = torch.ops.fxsparse.n_m.default
-n_m_into = torch.ops.fxsparse.n_m_into.default
+n_m, n_m_into = define(
+    "n_m",
+    "Tensor x, Tensor values, Tensor codes, Tensor? bias, int[] shape, int n, int m",
+    kernel.register_operator,
+    kernel.DTYPES,
+)
 
 
 def multiply(packed: NM, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -69,15 +69,6 @@ def _cpu(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, shape: l
     return y
 
 
-def _into(x: Tensor, *arguments: Any) -> None:
-    """Until the kernel in C++ is there; on a CPU this call brings it, and takes it."""
-    if x.device.type == "cpu" and arguments[0].dtype == x.dtype in kernel.DTYPES:
-        kernel.register_operator()
-        n_m_into(x, *arguments)
-    else:
-        arguments[-1].copy_(n_m(x, *arguments[:-1]))
-
-
 def reference(
     x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, shape: list[int], n: int, m: int
 ) -> Tensor:
@@ -87,11 +78,9 @@ def reference(
     return F.linear(x, weight, bias)
 
 
-torch.library.register_fake("fxsparse::n_m", _fake, lib=_library)
-torch.library.register_fake("fxsparse::n_m_into", lambda *_: None, lib=_library)
-_library.impl("n_m", reference, "CompositeExplicitAutograd")
-_library.impl("n_m_into", _into, "CompositeExplicitAutograd")
-_library.impl("n_m", _cpu, "CPU")
+torch.library.register_fake("fxsparse::n_m", _fake, lib=LIBRARY)
+LIBRARY.impl("n_m", reference, "CompositeExplicitAutograd")
+LIBRARY.impl("n_m", _cpu, "CPU")
 
 
 class NMFormat(Format):

@@ -16,13 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 
+from fxsparse.formats.operator import LIBRARY, TAGS
 from fxsparse.ir.graph import arg, aten, new_weight
 
-_library = torch.library.Library("fxsparse", "FRAGMENT")
-_library.define(
-    "semi_structured(Tensor x, Tensor compressed, Tensor? bias, int rows) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order),
-)
+LIBRARY.define("semi_structured(Tensor x, Tensor compressed, Tensor? bias, int rows) -> Tensor", tags=TAGS)
 semi_structured = torch.ops.fxsparse.semi_structured.default
 _SIZES = SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -65,5 +62,5 @@ def _fake(x: Tensor, compressed: Tensor, bias: Tensor | None, rows: int) -> Tens
     return x.new_empty([*x.shape[:-1], rows])
 
 
-torch.library.register_fake("fxsparse::semi_structured", _fake, lib=_library)
-_library.impl("semi_structured", _cuda, "CUDA")
+torch.library.register_fake("fxsparse::semi_structured", _fake, lib=LIBRARY)
+LIBRARY.impl("semi_structured", _cuda, "CUDA")

@@ -31,6 +31,8 @@ from torch import Tensor
 from fxsparse.errors import InputError
 from fxsparse.formats.grouping import LANES, group_rows, lanes
 
+ARRAYS = ("values", "value_ptr", "columns", "column_ptr", "rows", "row_ptr")  # in the order the operator takes them
+
 
 @dataclass(frozen=True)
 class ShuffledBlock:
@@ -54,14 +56,9 @@ class ShuffledBlock:
                              do="Pack it again from the weight: the file or tensor was damaged.")  # fmt: skip
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """The arrays in the order the operator takes them."""
-        return ("values", "value_ptr", "columns", "column_ptr", "rows", "row_ptr")
-
-    @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """They themselves."""
-        return tuple(getattr(self, name) for name in self.names)
+        """The arrays in the order the operator takes them."""
+        return tuple(getattr(self, name) for name in ARRAYS)
 
     @property
     def groups(self) -> int:

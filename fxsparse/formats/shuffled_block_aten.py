@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, fx
 
 from fxsparse.formats.format import Standard
-from fxsparse.formats.shuffled_block import ShuffledBlock, apart
+from fxsparse.formats.shuffled_block import ARRAYS, ShuffledBlock, apart
 from fxsparse.ir.graph import arg, aten, new_weight, weight_of
 
 # Measured in ONNX Runtime 1.32 on one core (AMD EPYC with AVX-512), groups of 64 rows, a quarter of the columns:
@@ -30,8 +30,7 @@ from fxsparse.ir.graph import arg, aten, new_weight, weight_of
 OVERHEAD = 1.5
 WASTE = 1.1
 TO_LAST, TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
-_ARRAYS = ("values", "value_ptr", "columns", "column_ptr", "rows", "row_ptr")
-_ACTIVATION = {
+ACTIVATIONS = {
     "relu": aten.relu.default, "relu6": aten.relu6.default, "silu": aten.silu.default,
     "gelu": aten.gelu.default, "hardswish": aten.hardswish.default,
 }  # fmt: skip
@@ -57,7 +56,7 @@ def standard(packed: ShuffledBlock) -> Standard:
 
 def expand(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     """See the module's text. Bias, residual and activation follow, as in the operator."""
-    tensors = {name: cast(Tensor, weight_of(gm, arg(node, name))).cpu() for name in _ARRAYS}
+    tensors = {name: cast(Tensor, weight_of(gm, arg(node, name))).cpu() for name in ARRAYS}
     packed = ShuffledBlock(**tensors, shape=tuple(arg(node, "shape")))
     build = _Builder(gm, node, packed)
     with gm.graph.inserting_before(node):
@@ -161,7 +160,7 @@ class _Builder:
         """act(y + residual)"""
         y = y if residual is None else self.call(aten.add.Tensor, y, residual)
         activation = arg(self.node, "activation")
-        return y if activation == "none" else self.call(_ACTIVATION[activation], y)
+        return y if activation == "none" else self.call(ACTIVATIONS[activation], y)
 
     def linear(self) -> fx.Node:
         """[..., I] -> [..., O]"""

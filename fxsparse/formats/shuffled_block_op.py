@@ -28,8 +28,9 @@ from torch import Tensor, fx
 
 from fxsparse.errors import InputError, near
 from fxsparse.formats.format import Format, Standard
-from fxsparse.formats.shuffled_block import ShuffledBlock, pack, unpack
-from fxsparse.formats.shuffled_block_aten import expand, standard
+from fxsparse.formats.operator import LIBRARY, define
+from fxsparse.formats.shuffled_block import ARRAYS, ShuffledBlock, pack, unpack
+from fxsparse.formats.shuffled_block_aten import TO_FIRST, TO_LAST, expand, standard
 from fxsparse.ir.graph import arg, aten, new_weight
 from fxsparse.kernels.cpu.shuffled_block import register_operator
 from fxsparse.kernels.cpu.shuffled_block import run as run_on_cpu
@@ -41,18 +42,13 @@ Pair = Sequence[int]
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 LARGEST_IMAGE = 2**29  # elements: the kernel counts with 32 bits inside an image, padding included
 _INDEX_DTYPES = [torch.int64, *[torch.int32] * 4]  # of value_ptr and what follows it
-TO_LAST, TO_FIRST = [0, 2, 3, 1], [0, 3, 1, 2]
-_library = torch.library.Library("fxsparse", "FRAGMENT")
-_ARGUMENTS = (
+shuffled_block, shuffled_block_into = define(
+    "shuffled_block",
     "Tensor x, Tensor values, Tensor value_ptr, Tensor columns, Tensor column_ptr, Tensor rows, Tensor row_ptr,"
-    " Tensor? bias, Tensor? residual, int[] shape, int[2] stride, int[2] padding, int[2] dilation, str activation"
+    " Tensor? bias, Tensor? residual, int[] shape, int[2] stride, int[2] padding, int[2] dilation, str activation",
+    register_operator,
+    KERNEL_DTYPES,
 )
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-_library.define(f"shuffled_block({_ARGUMENTS}) -> Tensor", tags=_TAGS)
-# The same into memory of the caller's: Inductor plans and reuses that. On a CPU it is called without Python in between.
-_library.define(f"shuffled_block_into({_ARGUMENTS}, Tensor(a!) out) -> ()", tags=_TAGS)
-shuffled_block = torch.ops.fxsparse.shuffled_block.default
-shuffled_block_into = torch.ops.fxsparse.shuffled_block_into.default
 
 
 def multiply(
@@ -148,15 +144,6 @@ def _cuda(x: Tensor, *arguments: Any) -> Tensor:
     return shuffled_block_conv2d(x, *packed, bias, residual, activation, out_channels=shape[0], **geometry)
 
 
-def _into(x: Tensor, *arguments: Any) -> None:
-    """Until the kernel in C++ is there; on a CPU this call brings it, and takes it."""
-    if x.device.type == "cpu" and arguments[0].dtype == x.dtype in KERNEL_DTYPES:
-        register_operator()
-        shuffled_block_into(x, *arguments)
-    else:
-        arguments[-1].copy_(shuffled_block(x, *arguments[:-1]))
-
-
 def reference(x: Tensor, *arguments: Any) -> Tensor:
     """The same in PyTorch's own operators, on any device and in any dtype."""
     packed, bias, residual = arguments[:6], arguments[6], arguments[7]
@@ -172,12 +159,10 @@ def reference(x: Tensor, *arguments: Any) -> Tensor:
     return epilogue(y, bias, residual, activation).contiguous()
 
 
-torch.library.register_fake("fxsparse::shuffled_block", _fake, lib=_library)
-torch.library.register_fake("fxsparse::shuffled_block_into", lambda *_: None, lib=_library)
-_library.impl("shuffled_block", reference, "CompositeExplicitAutograd")
-_library.impl("shuffled_block_into", _into, "CompositeExplicitAutograd")
-_library.impl("shuffled_block", _cpu, "CPU")
-_library.impl("shuffled_block", _cuda, "CUDA")
+torch.library.register_fake("fxsparse::shuffled_block", _fake, lib=LIBRARY)
+LIBRARY.impl("shuffled_block", reference, "CompositeExplicitAutograd")
+LIBRARY.impl("shuffled_block", _cpu, "CPU")
+LIBRARY.impl("shuffled_block", _cuda, "CUDA")
 
 
 class ShuffledBlockFormat(Format):
@@ -219,7 +204,7 @@ class ShuffledBlockFormat(Format):
         assert isinstance(weight, fx.Node)
         if weight.meta["val"].device.type == "cuda":  # the Triton kernel takes no pairs
             packed = pack(unpack(packed).float(), packed.row_groups)
-        tensors = [_stored(gm, node, weight, name, packed) for name in packed.names]
+        tensors = [_stored(gm, node, weight, name, packed) for name in ARRAYS]
         names = ("stride", "padding", "dilation")
         geometry = [pair(arg(node, n)) for n in names] if is_conv else [[1, 1], [0, 0], [1, 1]]
         with gm.graph.inserting_before(node):

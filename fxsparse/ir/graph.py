@@ -60,6 +60,12 @@ def concrete(value: Tensor, batch: int = 1) -> list[int]:
     return [size if isinstance(size, int) else batch for size in value.shape]
 
 
+def input_devices(gm: fx.GraphModule) -> set[torch.device]:
+    """Where the inputs are, as their fake values say."""
+    values = [n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"]
+    return {value.device for value in values if isinstance(value, Tensor)}
+
+
 def weight_of(gm: fx.GraphModule, node: object) -> Tensor | None:
     """The tensor of a get_attr node; None for any other node or value."""
     return get_tensor(gm, str(node.target)) if isinstance(node, fx.Node) and node.op == "get_attr" else None

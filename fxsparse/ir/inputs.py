@@ -1,14 +1,19 @@
-"""What a build does to its flattened inputs before it runs: named, so that a saved build can say which."""
+"""Flattened inputs: their batch size, and what a build does to them first, named so that a saved one can say which."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Prepare = Callable[[Sequence[Any]], Sequence[Any]]
+
+
+def batch_size(inputs: Iterable[Any]) -> int:
+    """Dimension 0 of the first tensor that has dimensions; 1 without one."""
+    return next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim()), 1)
 
 
 def as_is(inputs: Sequence[Any]) -> Sequence[Any]:

@@ -16,7 +16,9 @@ import platform
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
@@ -83,6 +85,27 @@ def load_operators(name: str) -> ctypes.CDLL:
     """The same for a file that registers operators through torch's stable C++ interface, linked to this torch."""
     version = f"-DFXSPARSE_TORCH={torch.__version__}"  # another torch is another library
     return _load(name, ["-O2", "-std=c++20", "-shared", "-fPIC", version, *_torch_flags()])
+
+
+def register_operator(name: str, kernels: Sequence[str]) -> None:
+    """Give the operator in `cpu/<name>_torch.cpp` its kernels, those of `cpu/<name>.cpp`, in its order."""
+    library = load(name)
+    load_operators(f"{name}_torch").fxsparse_use_kernels(*(library[kernel] for kernel in kernels))
+
+
+@functools.cache
+def function(library: str, name: str, arguments: int, isa: str | None = None) -> Callable[..., None]:
+    """`name` in the library made of `cpu/<library>.cpp`; its arguments are pointers, it returns nothing."""
+    found: Any = getattr(load(library, isa), name)
+    found.argtypes = [ctypes.c_void_p] * arguments
+    found.restype = None
+    return cast("Callable[..., None]", found)
+
+
+@functools.lru_cache(maxsize=4096)
+def int64s(numbers: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
+    """They as C lays them out, one after the other: a `Problem`."""
+    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 def _torch_flags() -> list[str]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fxsparse.kernels.build import load, load_operators
+from fxsparse.kernels import build
+from fxsparse.kernels.build import function, int64s
 
 _NAMES = {torch.float32: "fxsparse_n_m_f32", torch.bfloat16: "fxsparse_n_m_bf16", torch.float64: "fxsparse_n_m_f64"}
 DTYPES = tuple(_NAMES)
@@ -25,8 +23,8 @@ def run(x: Tensor, y: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None
     """
     columns, rows = x.shape[-1], y.shape[-1]
     sizes = (x.numel() // columns, rows, columns, values.shape[2], torch.get_num_threads())
-    _function(x.dtype, isa)(
-        _problem(sizes), x.data_ptr(), y.data_ptr(), values.data_ptr(), codes.data_ptr(),
+    function("n_m", _NAMES[x.dtype], 6, isa)(
+        int64s(sizes), x.data_ptr(), y.data_ptr(), values.data_ptr(), codes.data_ptr(),
         bias.data_ptr() if bias is not None else None,
     )  # fmt: skip
 
@@ -34,18 +32,4 @@ def run(x: Tensor, y: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None
 @functools.cache
 def register_operator() -> None:
     """Give `fxsparse::n_m_into` its kernel for the CPU, called from C++ without Python in between."""
-    kernels = load("n_m")
-    load_operators("n_m_torch").fxsparse_use_kernels(*(kernels[name] for name in _NAMES.values()))
-
-
-@functools.cache
-def _function(dtype: torch.dtype, isa: str | None) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(load("n_m", isa), _NAMES[dtype])
-    function.argtypes = [ctypes.c_void_p] * 6  # type: ignore[attr-defined]
-    function.restype = None  # type: ignore[attr-defined]
-    return function
-
-
-@functools.lru_cache(maxsize=4096)
-def _problem(sizes: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * len(sizes))(*sizes)
+    build.register_operator("n_m", tuple(_NAMES.values()))

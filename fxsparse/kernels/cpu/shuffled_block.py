@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fxsparse.kernels.build import load, load_operators
+from fxsparse.kernels import build
+from fxsparse.kernels.build import function, int64s
 from fxsparse.kernels.shared import ACTIVATIONS
 
 _NUMBER = {name: i for i, name in enumerate(ACTIVATIONS)}
@@ -39,8 +38,8 @@ def run(
         *x.shape, *y.shape[1:], *kernel, *stride, *padding, *dilation, row_ptr.shape[0] - 1,
         _NUMBER[activation], torch.get_num_threads(),
     )  # fmt: skip
-    _function(x.dtype, isa)(
-        _problem(sizes), x.data_ptr(), y.data_ptr(), values.data_ptr(), value_ptr.data_ptr(), columns.data_ptr(),
+    function("shuffled_block", _NAMES[x.dtype], 11, isa)(
+        int64s(sizes), x.data_ptr(), y.data_ptr(), values.data_ptr(), value_ptr.data_ptr(), columns.data_ptr(),
         column_ptr.data_ptr(), rows.data_ptr(), row_ptr.data_ptr(), bias.data_ptr() if bias is not None else None,
         residual.data_ptr() if residual is not None else None,
     )  # fmt: skip
@@ -49,18 +48,4 @@ def run(
 @functools.cache
 def register_operator() -> None:
     """Give `fxsparse::shuffled_block_into` its kernel for the CPU, called from C++ without Python in between."""
-    kernels = load("shuffled_block")
-    load_operators("shuffled_block_torch").fxsparse_use_kernels(*(kernels[name] for name in _NAMES.values()))
-
-
-@functools.cache
-def _function(dtype: torch.dtype, isa: str | None) -> Callable[..., Any]:
-    function: Callable[..., Any] = getattr(load("shuffled_block", isa), _NAMES[dtype])
-    function.argtypes = [ctypes.c_void_p] * 11  # type: ignore[attr-defined]
-    function.restype = None  # type: ignore[attr-defined]
-    return function
-
-
-@functools.lru_cache(maxsize=4096)
-def _problem(sizes: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * len(sizes))(*sizes)
+    build.register_operator("shuffled_block", tuple(_NAMES.values()))
