@@ -204,6 +204,22 @@ def test_what_cannot_be_written_as_data_is_refused(tmp_path: Path) -> None:
         packed().save("/proc/m")
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_still_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, other, opened = tmp_path / "m", tmp_path / "other", container.safe_open
+    compiled(Net(), torch.randn(1, 2, 8, 8), masks=masks_of(Net())).save(path)
+    compiled(Net(), torch.randn(1, 2, 8, 8)).save(other)
+    first, second = (fxsparse.load(p).report.params_after for p in (path, other))
+
+    def replaced(name: Any, *args: Any) -> Any:
+        other.replace(path)
+        return opened(name, *args)
+
+    monkeypatch.setattr(container, "safe_open", replaced)
+    assert fxsparse.load(path).report.params_after == first != second
+
+
 def test_threads_that_save_to_one_path_leave_one_whole_file(tmp_path: Path) -> None:
     modules = [compiled(Net(), torch.randn(1, 2, 8, 8), masks=m) for m in (None, masks_of(Net()))]
     path = tmp_path / "m"

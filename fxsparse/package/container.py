@@ -13,12 +13,13 @@ headers that promise more than the file holds.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -64,14 +65,17 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     """
     where = f"package {os.fspath(path)!r}"
     try:
-        _check_kind(where, Path(path))
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            _check_metadata(where, metadata)
-            members = json.loads(metadata["members"])
-            if set(file.keys()) != set(members):
-                raise _damaged(where, "other tensors than it lists")
-            tensors = {name: file.get_tensor(name).clone() for name in members}
+        if not stat.S_ISREG(Path(path).stat().st_mode):
+            raise _damaged(where, "not a regular file")
+        with _held(Path(path)) as same:
+            _check_kind(where, same)
+            with safe_open(same, "pt") as file:
+                metadata = file.metadata() or {}
+                _check_metadata(where, metadata)
+                members = json.loads(metadata["members"])
+                if set(file.keys()) != set(members):
+                    raise _damaged(where, "other tensors than it lists")
+                tensors = {name: file.get_tensor(name).clone() for name in members}
         for name, tensor in tensors.items():
             if _digest(tensor) != members[name]:
                 raise _damaged(where, f"tensor {name!r} with another hash")
@@ -81,9 +85,15 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
         raise _damaged(where, f"{type(error).__name__}: {got[0][:200]}") from None
 
 
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[Path]:
+    """A name of this very file while it is read: safetensors opens it twice, and `path` may be replaced in between."""
+    with path.open("rb") as file:
+        same = Path(f"/proc/self/fd/{file.fileno()}")
+        yield same if same.exists() else path
+
+
 def _check_kind(where: str, path: Path) -> None:
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise _damaged(where, "not a regular file")
     with path.open("rb") as file:
         first = file.read(4)
     for magic, kind in _KNOWN.items():
