@@ -27,6 +27,7 @@ from fxsparse.contest import timings
 from fxsparse.errors import FxSparseError, InputError, VerificationError, near
 from fxsparse.ir.files import replacing
 from fxsparse.measure import interleave
+from fxsparse.package.aoti import check_suffix
 from fxsparse.picture import data_uri, picture
 from fxsparse.progress import progress
 from fxsparse.prune import prunable
@@ -349,9 +350,7 @@ def _output_file(text: str) -> Path:
 
 
 def _pt2_file(text: str) -> Path:
-    if Path(text).suffix != ".pt2":
-        raise InputError("--aoti", expected="a name that ends in .pt2, as AOTInductor demands", got=repr(text),
-                         do="For example: --aoti fast.pt2")  # fmt: skip
+    check_suffix(text, "--aoti")
     return _output_file(text)
 
 

@@ -24,7 +24,7 @@ from fxsparse.ir.graph import flat
 from fxsparse.ir.inputs import LAYOUTS, Prepare, as_is
 from fxsparse.ir.version import VERSION
 from fxsparse.package import Saved, write
-from fxsparse.package.aoti import compile_aoti, machine
+from fxsparse.package.aoti import check_suffix, compile_aoti, machine
 from fxsparse.report import Report
 
 log = logging.getLogger("fxsparse")
@@ -170,9 +170,7 @@ class SparseModule(nn.Module):
         Raises InputError for a path that is no .pt2 or cannot be written, TargetError without a C++ compiler.
         """
         build = self._built("save_aoti")
-        if Path(path).suffix != ".pt2":
-            raise InputError("path of save_aoti", expected="a name that ends in .pt2, as AOTInductor demands",
-                             got=repr(os.fspath(path)), do="Name it model.pt2, say.")  # fmt: skip
+        check_suffix(path, "path of save_aoti")
         find_target("inductor")
         args = pytree.tree_unflatten(build.example, build.in_spec)
         about = {"fxsparse": VERSION, "inputs": "; ".join(_describe(x) for x in build.example)}
