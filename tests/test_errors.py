@@ -17,6 +17,8 @@ from torch import Tensor, nn
 import fxsparse
 from fxsparse import CaptureError, FxSparseError, InputError, MaskError, TargetError, VerificationError
 from fxsparse.errors import near
+from fxsparse.ir.capture import capture
+from fxsparse.ir.graph import refresh
 
 
 @pytest.fixture(autouse=True)
@@ -307,19 +309,12 @@ def test_a_model_without_an_evaluation_mode() -> None:
         build(exported)
 
 
-def test_an_operator_that_torch_cannot_give_a_symbolic_shape() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(5, 8), nn.Bilinear(8, 8, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.b(self.a(x), self.a(x))
-
-    model = Twice().eval()
-    with refused(CaptureError, where="bilinear in b", expected="without data", got="symbolic", do="dynamic_batch"):
-        build(model)
-    torch.testing.assert_close(build(model, dynamic_batch=False)(*EXAMPLE), model(*EXAMPLE))
+def test_an_operator_whose_shape_torch_cannot_work_out() -> None:
+    model = nn.Linear(5, 8).eval()
+    gm = capture(model, EXAMPLE, fxsparse.Masks(), dynamic_batch=True)
+    gm.weight = torch.zeros(8, 4)
+    with refused(CaptureError, where="linear", expected="without data", got="RuntimeError", do="dynamic_batch"):
+        refresh(gm)
 
 
 def test_a_model_for_one_batch_size_only() -> None:

@@ -544,7 +544,7 @@ def test_native_code_runs_only_when_asked_for_and_only_here(
         torch.testing.assert_close(fast(x), module(x))
         torch.testing.assert_close(fast(more(x)), module(more(x)))
         assert loaded == [1]
-        assert not [record for record in caplog.records if record.name == "fxsparse"]
+        assert not [r for r in caplog.records if r.name == "fxsparse" and r.levelno >= logging.WARNING]
         other = {**aoti.machine(torch.device("cpu")), "processor": "sse"}
         monkeypatch.setattr("fxsparse.loading.machine", lambda device: other)
         assert torch.equal(fxsparse.load(tmp_path / "m", native=True)(x), module(x))

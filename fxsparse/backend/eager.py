@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import fx
 
+from fxsparse.backend.cuda_graph import captured
 from fxsparse.backend.target import Runnable, Target
 from fxsparse.ir.graph import flat
 from fxsparse.kernels.build import compiler
@@ -23,7 +24,7 @@ class Eager(Target):
         return ("shuffled_block", "n_m") if device.type == "cpu" and compiler() else ()
 
     def lower(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Runnable:
-        return self.lower_dynamic(gm)
+        return captured(self.lower_dynamic(gm), inputs)
 
     def lower_dynamic(self, gm: fx.GraphModule) -> Runnable:
         return cast(Runnable, flat(gm))

@@ -11,7 +11,10 @@ from typing import Any, cast
 
 import torch
 from torch import fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import FakeTensor
 
+from fxsparse.backend.cuda_graph import captured
 from fxsparse.backend.target import Runnable, Target
 from fxsparse.errors import TargetError
 from fxsparse.ir.graph import aten, flat
@@ -41,20 +44,23 @@ class Inductor(Target):
         module = with_memory(flat(gm))
         for node in module.graph.nodes:  # symbolic shapes of the capture mean nothing to this trace
             node.meta.pop("val", None)
-            node.meta.pop("example_value", None)
         with torch.no_grad():
-            return cast(Runnable, torch._inductor.compile(module, list(inputs), options=options(gm)))
+            run = cast(Runnable, torch._inductor.compile(module, list(inputs), options=_tuned(gm)))
+        return captured(run, inputs)
 
     def lower_dynamic(self, gm: fx.GraphModule) -> Runnable:
         import torch._inductor
 
         module = with_memory(flat(gm))
         fake = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
+        mode = next(value.fake_mode for value in fake if isinstance(value, FakeTensor))
         patches = {"config_patches": options(gm)}
-        with torch.no_grad():
+        with torch.no_grad(), tracing(TracingContext(mode)):
             return cast(
                 Runnable,
-                torch._inductor.standalone_compile(module, fake, dynamic_shapes="from_graph", options=patches),
+                torch._inductor.standalone_compile(
+                    module, fake, dynamic_shapes="from_tracing_context", options=patches
+                ),
             )
 
 
@@ -89,3 +95,8 @@ def _sizes(gm: fx.GraphModule, node: fx.Node) -> list[Any]:
 def options(gm: fx.GraphModule) -> dict[str, Any]:
     """Freezing, except in float64: it packs convolution weights for oneDNN, which has no float64."""
     return {"freezing": not any(b.dtype == torch.float64 for b in gm.buffers())}
+
+
+def _tuned(gm: fx.GraphModule) -> dict[str, Any]:
+    """`options` for one shape: on a GPU every product is tried in Triton's templates and in the libraries."""
+    return options(gm) | ({"max_autotune": True} if any(b.is_cuda for b in gm.buffers()) else {})

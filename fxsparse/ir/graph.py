@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 
 from fxsparse.errors import CaptureError
 
@@ -152,7 +153,7 @@ def clone(gm: fx.GraphModule) -> fx.GraphModule:
     graph, copies = fx.Graph(), cast("dict[fx.Node, fx.Node]", {})
     for node in gm.graph.nodes:
         copies[node] = graph.node_copy(node, lambda n: copies[n])
-    graph.set_codegen(copy.deepcopy(gm.graph._codegen))
+    graph.set_codegen(copy.copy(gm.graph._codegen))
     root = nn.Module()
     for node in graph.nodes:
         if node.op == "get_attr" and not has_attribute(root, str(node.target)):
@@ -166,11 +167,11 @@ def refresh(gm: fx.GraphModule) -> None:
     Symbolic sizes stay symbolic; weights get their new static shapes.
     """
     mode = next(v.fake_mode for n in gm.graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode"))
-    flat = _flat(gm)
+    flattened = flat(gm)
     inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
-    with mode, torch.no_grad():
-        _Refresh(flat, lambda t: mode.from_tensor(t, static_shapes=True)).run(*inputs)
-    for node, fresh in zip(gm.graph.nodes, flat.graph.nodes, strict=True):
+    with mode, torch.no_grad(), enable_python_dispatcher():  # without it some operators ask for sizes in C++
+        _Refresh(flattened, lambda t: mode.from_tensor(t, static_shapes=True)).run(*inputs)
+    for node, fresh in zip(gm.graph.nodes, flattened.graph.nodes, strict=True):
         if "val" in fresh.meta:
             node.meta["val"] = fresh.meta["val"]
     gm.recompile()
@@ -205,20 +206,11 @@ class _Refresh(fx.Interpreter):
         return value
 
 
-def _flat(gm: fx.GraphModule) -> fx.GraphModule:
-    """The same nodes with a plain argument list: no pytrees of the user's signature."""
-    flat = clone(gm)
-    flat.graph.set_codegen(fx.graph.CodeGen())
-    flat.recompile()
-    return flat
-
-
 def flat(gm: fx.GraphModule) -> fx.GraphModule:
     """A clone that takes the flattened inputs and returns the flattened outputs, as back ends want it."""
-    result = _flat(gm)
-    for node in result.graph.nodes:
-        if "val" in node.meta:  # torch 2.11 looks for the symbolic sizes here only
-            node.meta["example_value"] = node.meta["val"]
+    result = clone(gm)
+    result.graph.set_codegen(fx.graph.CodeGen())  # a plain argument list: no pytrees of the user's signature
+    result.recompile()
     return result
 
 
