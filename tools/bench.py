@@ -13,6 +13,7 @@ ours, all timed in turns in one process; the machine, versions, commit, date and
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import logging
 import platform
@@ -112,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--target", default="inductor")
     parser.add_argument("--seconds", type=float, default=12.0, help="timing budget of one case")
+    parser.add_argument("--entrance", action="store_true", help="also time torch.compile(model, backend='fxsparse')")
     parser.add_argument("--suite", choices=list(SUITES), help="run every case of a suite")
     parser.add_argument("--out", type=Path, help="append rows here (default: print only)")
     parser.add_argument("--matrix", action="store_true", help="print the committed rows of the suite matrix")
@@ -144,7 +146,9 @@ def run_case(arguments: argparse.Namespace) -> dict[str, Any]:
     with _Stages() as stages:
         fast = fxsparse.compile(model, masks, arguments.target, example_inputs=(x,))
     ours: dict[str, Callable[[], object]] = {"fxsparse": lambda: fast(x)}
-    rivals = _dense(model, masks, x, arguments.target) | _onnxruntime(model, masks, x, arguments.threads)
+    if arguments.entrance:
+        ours["torch.compile"] = _torch_compile(model, masks, x, arguments.target)
+    rivals = _dense(model, masks, x) | _onnxruntime(model, masks, x)
     with _Stages() as slim_stages:
         if arguments.recipe not in BLOCK_RECIPES:
             ours |= _slim(model, fast.report, x, arguments.target)
@@ -177,9 +181,18 @@ def make_masks(recipe: str, model: nn.Module, sparsity: float, rows: int = 32) -
     return RECIPES[recipe](model, sparsity=sparsity, seed=0)
 
 
-def _dense(model: nn.Module, masks: fxsparse.Masks, x: Tensor, target: str) -> dict[str, Callable[[], object]]:
-    dense = _captured(model, masks, x)
-    return {f"dense: {b.name}": _call(b.run, b.prepare([x])) for b in dense_builds(dense, [x], find_target(target))}
+def _dense(model: nn.Module, masks: fxsparse.Masks, x: Tensor) -> dict[str, Callable[[], object]]:
+    """PyTorch's dense builds, whatever the target: what any of them has to beat."""
+    builds = dense_builds(_captured(model, masks, x), [x], find_target("inductor"))
+    return {f"dense: {b.name}": _call(b.run, b.prepare([x])) for b in builds}
+
+
+def _torch_compile(model: nn.Module, masks: fxsparse.Masks, x: Tensor, target: str) -> Callable[[], object]:
+    """The same through the other entrance."""
+    masked = copy.deepcopy(model)
+    masks.apply_(masked)
+    options: dict[str, Any] = {"masks": masks, "target": target}
+    return _call(torch.compile(masked, backend="fxsparse", options=options), [x])
 
 
 def _captured(model: nn.Module, masks: fxsparse.Masks, x: Tensor) -> torch.fx.GraphModule:
@@ -198,34 +211,16 @@ def _slim(model: nn.Module, report: fxsparse.Report, x: Tensor, target: str) -> 
     return {f"slim: {b.name}": _call(b.run, b.prepare([x])) for b in builds if b.name.startswith(target)}
 
 
-def _onnxruntime(model: nn.Module, masks: fxsparse.Masks, x: Tensor, threads: int) -> dict[str, Callable[[], object]]:
+def _onnxruntime(model: nn.Module, masks: fxsparse.Masks, x: Tensor) -> dict[str, Callable[[], object]]:
     """The masked model in ONNX Runtime, on a CPU in float32, when it is installed."""
-    import copy
-    import tempfile
-
-    try:
-        import onnxruntime
-    except ImportError:
-        return {}
     if x.device.type != "cpu" or x.dtype != torch.float32:
         return {}
-    masked = copy.deepcopy(model)
-    masks.apply_(masked)
-    program = torch.onnx.export(masked, (x,), dynamo=True, verbose=False)
-    assert program is not None
-    with tempfile.TemporaryDirectory() as folder:
-        program.save(Path(folder) / "model.onnx")
-        session = _session(onnxruntime, Path(folder) / "model.onnx", threads)
-    feed = {session.get_inputs()[0].name: x.numpy()}
-    return {"dense: onnxruntime": lambda: session.run(None, feed)}
-
-
-def _session(onnxruntime: Any, path: Path, threads: int) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    # Its threads would go on spinning after it returned, on the cores of whoever is timed next.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    try:
+        target = find_target("onnx")
+    except fxsparse.TargetError:
+        return {}
+    run = target.lower_dense(_captured(model, masks, x), [x])
+    return {"dense: onnxruntime": _call(run, [x])}
 
 
 def _call(run: Callable[..., object], inputs: Sequence[Any]) -> Callable[[], object]:
@@ -256,13 +251,17 @@ class _Stages(logging.Handler):
         self.start = now
 
     def __enter__(self) -> _Stages:
-        logging.getLogger("fxsparse").addHandler(self)
-        logging.getLogger("fxsparse").setLevel(logging.INFO)
+        logger = logging.getLogger("fxsparse")
+        logger.addHandler(self)
+        self.before = logger.level
+        logger.setLevel(logging.INFO)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._close()
-        logging.getLogger("fxsparse").removeHandler(self)
+        logger = logging.getLogger("fxsparse")
+        logger.removeHandler(self)
+        logger.setLevel(self.before)
 
 
 def _row(
@@ -287,6 +286,9 @@ def _row(
         best = runs.fastest(slim)
         against = runs.ratios("fxsparse", best)
         row |= {"slim_ms": round(runs.median(best), 4), "over_slim": round(against[len(against) // 2], 4)}
+    if "torch.compile" in runs.ms:
+        entrances = runs.ratios("torch.compile", "fxsparse")
+        row["torch_compile"] = round(entrances[len(entrances) // 2], 4)
     row["builds_ms"] = {
         n: [round(t, 4) for t in (runs.quantile(n, 0.2), runs.median(n), runs.quantile(n, 0.8))] for n in runs.ms
     }
