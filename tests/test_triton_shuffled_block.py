@@ -2,6 +2,7 @@
 
 Triton decides when it is first imported whether it interprets, and other tests import it first. So each device has a
 process of its own, started with the right setting, and a test sends it cases: `cpu` interprets, `cuda` does not.
+The interpreter of Triton 3.6 (torch 2.11) needs NumPy < 2.4.
 """
 
 from __future__ import annotations
