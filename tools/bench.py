@@ -305,7 +305,7 @@ def _provenance(arguments: argparse.Namespace) -> dict[str, Any]:
     cuda = arguments.device.startswith("cuda")
     command = f"python -m tools.bench --model {arguments.model} --recipe {arguments.recipe}"
     command += f" --sparsity {arguments.sparsity} --rows {arguments.rows} --batch {arguments.batch}"
-    command += f" --threads {arguments.threads}"
+    command += f" --threads {arguments.threads} --target {arguments.target}" + " --entrance" * arguments.entrance
     return {
         "machine": torch.cuda.get_device_name() if cuda else f"{cpu_name()}, {platform.machine()}",
         "versions": {"torch": torch.__version__, "python": platform.python_version(), "fxsparse": fxsparse.__version__},
