@@ -309,6 +309,22 @@ def test_a_model_without_an_evaluation_mode() -> None:
         build(exported)
 
 
+def test_an_operator_whose_symbolic_shape_only_torch_s_python_rules_know() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 8), nn.Bilinear(8, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x), self.a(x))
+
+    model, more = Twice().eval(), torch.randn(7, 5)
+    fast = build(model)
+    torch.testing.assert_close(fast(*EXAMPLE), model(*EXAMPLE))
+    torch.testing.assert_close(fast(more), model(more))
+    torch.testing.assert_close(build(model, dynamic_batch=False)(*EXAMPLE), model(*EXAMPLE))
+
+
 def test_an_operator_whose_shape_torch_cannot_work_out() -> None:
     model = nn.Linear(5, 8).eval()
     gm = capture(model, EXAMPLE, fxsparse.Masks(), dynamic_batch=True)

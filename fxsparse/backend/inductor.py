@@ -12,12 +12,11 @@ from typing import Any, cast
 import torch
 from torch import fx
 from torch._guards import TracingContext, tracing
-from torch._subclasses.fake_tensor import FakeTensor
 
 from fxsparse.backend.cuda_graph import captured
 from fxsparse.backend.target import Runnable, Target
 from fxsparse.errors import TargetError
-from fxsparse.ir.graph import aten, flat
+from fxsparse.ir.graph import aten, fake_mode, flat
 from fxsparse.kernels.build import compiler, compilers
 
 
@@ -53,9 +52,8 @@ class Inductor(Target):
 
         module = with_memory(flat(gm))
         fake = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
-        mode = next(value.fake_mode for value in fake if isinstance(value, FakeTensor))
         patches = {"config_patches": options(gm)}
-        with torch.no_grad(), tracing(TracingContext(mode)):
+        with torch.no_grad(), tracing(TracingContext(fake_mode(module))):
             return cast(
                 Runnable,
                 torch._inductor.standalone_compile(

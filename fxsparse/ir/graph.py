@@ -161,12 +161,17 @@ def clone(gm: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(root, graph).eval()
 
 
+def fake_mode(gm: fx.GraphModule) -> Any:
+    """The mode that the shapes in `gm` belong to: symbolic sizes mean something in it only."""
+    return next(v.fake_mode for n in gm.graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode"))
+
+
 def refresh(gm: fx.GraphModule) -> None:
     """Propagate fake shapes again after a rewrite: updates meta["val"], and a wrong shape raises, without data.
 
     Symbolic sizes stay symbolic; weights get their new static shapes.
     """
-    mode = next(v.fake_mode for n in gm.graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode"))
+    mode = fake_mode(gm)
     flattened = flat(gm)
     inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
     with mode, torch.no_grad(), enable_python_dispatcher():  # without it some operators ask for sizes in C++
