@@ -37,6 +37,8 @@ from fxsparse.verify import Reference, check, probe, reference
 
 log = logging.getLogger("fxsparse")
 
+# Compilations of one process time no layer twice, and choose the same formats, whichever entrance they came in by.
+_LAYER_TIMES: dict[str, dict[str, float]] = {}
 MaskSource = Masks | Mapping[str, Tensor] | str | os.PathLike[str] | None
 _REPRODUCE = "Please report it: run fxsparse.compile(..., target='eager', verify='each') to name the pass."
 
@@ -203,7 +205,7 @@ def _rewrite(captured: Captured, options: Options) -> _Rewritten:
         ref = reference(flat(dense), probe(leaves))
         own = captured.own(ref.inputs)
         check(pytree.tree_leaves(own), ref, "captured graph", "The front end changed the model: please report it.")
-    times = LayerTimes(options.cache_dir, captured.batch)
+    times = LayerTimes(options.cache_dir, captured.batch, _LAYER_TIMES)
     times_layers = options.measure and not options.target.standard_operators
     if times_layers:
         log.info("time layers")

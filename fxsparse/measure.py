@@ -115,10 +115,18 @@ class LayerTimes:
     that cannot be read is started anew. On a CPU the layer runs as Inductor would run it: oneDNN with packed weights.
     """
 
-    def __init__(self, cache_dir: str | os.PathLike[str] | None, batch: int) -> None:
-        self.path = Path(cache_dir) / f"layer-times-{_machine_key()}.json" if cache_dir is not None else None
+    def __init__(
+        self,
+        cache_dir: str | os.PathLike[str] | None,
+        batch: int,
+        shared: dict[str, dict[str, float]] | None = None,
+    ) -> None:
+        """`shared`: what others in this process measured, by machine, torch version and threads; it is added to."""
+        machine = _machine_key()
+        self.path = Path(cache_dir) / f"layer-times-{machine}.json" if cache_dir is not None else None
         self.batch = batch
-        self.seconds = self._load()
+        self.seconds = {} if shared is None else shared.setdefault(machine, {})
+        self.seconds.update(self._load())
 
     def __call__(self, node: fx.Node, rows: int, columns: int) -> float:
         """Seconds for `node` with a weight of `rows` x `columns` (x taps), at the batch given."""

@@ -713,6 +713,7 @@ def saved(folder: Path) -> dict[str, float]:
 def test_layer_times_are_kept_and_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     """Whatever the times are: made-up ones, since real ones seldom make a width worth rounding here."""
     generator = random.Random(seed)
+    monkeypatch.setattr("fxsparse.compiler._LAYER_TIMES", {})
     monkeypatch.setattr("fxsparse.contest.play_off", timed(sparse=0.5))
     monkeypatch.setattr("fxsparse.measure._Case.measure_s", lambda case: generator.uniform(1, 2))
     model, x, folder = Net(), images(), tmp_path / "new"
@@ -721,6 +722,8 @@ def test_layer_times_are_kept_and_used_again(tmp_path: Path, monkeypatch: pytest
     assert times
     assert all(isinstance(s, float) and 1 <= s <= 2 for s in times.values())
     monkeypatch.setattr("fxsparse.measure._Case.measure_s", lambda case: pytest.fail(f"{case.key} was measured again"))
+    build(model, masks_of(model), x, measure=True)  # what this process has measured
+    monkeypatch.setattr("fxsparse.compiler._LAYER_TIMES", {})
     build(model, masks_of(model), x, measure=True, cache_dir=folder)
     assert saved(folder) == times
 

@@ -375,8 +375,35 @@ def test_two_models_of_one_class_have_their_own_weights_and_masks() -> None:
 
 def test_a_tensor_in_the_same_memory_is_another_one() -> None:
     weight = torch.ones(2)
-    assert Seen([weight]).changed([weight]) == []
-    assert Seen([weight]).changed([weight.detach()]) == [0]
+    seen = Seen([weight])
+    assert seen.unchanged([weight])
+    assert seen.changed([weight]) == []
+    assert not seen.unchanged([weight.detach()])
+    assert seen.changed([weight.detach()]) == [0]
+
+
+def test_a_tensor_that_is_gone_is_not_taken_for_a_new_one_in_its_place() -> None:
+    tensors = [torch.ones(2)]
+    seen = Seen(tensors)
+    tensors.clear()
+    assert not seen.alive()
+    # a new tensor often gets the old one's id; made so here, since often is not always
+    seen._ids = [id(new := torch.ones(2))]
+    assert not seen.are([new])
+
+
+@pytest.mark.parametrize("change", ["version", "storage"])
+def test_a_tensor_written_to_or_moved_has_changed(change: str) -> None:
+    kept, weight = torch.ones(2), nn.Parameter(torch.ones(2))
+    seen = Seen([kept, weight])
+    if change == "version":
+        with torch.no_grad():
+            weight.add_(1)
+    else:
+        weight.data = torch.ones(2)
+    assert seen.are([kept, weight])
+    assert not seen.unchanged([kept, weight])
+    assert seen.changed([kept, weight]) == [1]
 
 
 # what dynamo does around it

@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._inductor.utils import run_and_get_code
 
 import fxsparse
 from fxsparse.analysis import axes
+from fxsparse.backend import find_target
 from fxsparse.backend.inductor import with_memory
 from fxsparse.formats.shuffled_block_op import shuffled_block, shuffled_block_into
 from fxsparse.ir.capture import capture
@@ -362,3 +364,13 @@ def test_inductor_gives_every_packed_layer_memory_of_its_own_planning() -> None:
     assert shuffled_block not in targets
     for x in (integers(2, 16, 9, 9), integers(5, 16, 9, 9)):
         assert torch.equal(lowered(x)[0], flat(gm)(x)[0])
+
+
+def test_inductor_does_not_write_the_pointers_of_packed_layers_at_every_call() -> None:
+    """It writes out constants of up to 8 elements as code; two groups have pointers of three."""
+    model = Of(lambda m, x: m["b"](F.relu(m["a"](x))), a=conv(16, 32), b=conv(32, 48))
+    x = integers(2, 16, 9, 9)
+    gm, _ = stored(model, x)
+    _, code = run_and_get_code(lambda: find_target("inductor").lower(gm, [x]))
+    assert "shuffled_block_into" in code[0]
+    assert "int64_t*" not in code[0]

@@ -69,7 +69,7 @@ def with_memory(gm: fx.GraphModule) -> fx.GraphModule:
 
     A result that the operator itself made would be new at every call; above 32 MB, new pages that the system clears.
     """
-    for node in [n for n in gm.graph.nodes if getattr(n.target, "namespace", "") == "fxsparse"]:
+    for node in [n for n in gm.graph.nodes if _is_ours(n)]:
         into = getattr(torch.ops.fxsparse, f"{node.target._opname}_into", None)
         if into is not None:
             with gm.graph.inserting_before(node):
@@ -79,6 +79,10 @@ def with_memory(gm: fx.GraphModule) -> fx.GraphModule:
             gm.graph.erase_node(node)
     gm.recompile()
     return gm
+
+
+def _is_ours(node: fx.Node) -> bool:
+    return getattr(node.target, "namespace", "") == "fxsparse"
 
 
 def _sizes(gm: fx.GraphModule, node: fx.Node) -> list[Any]:
@@ -91,8 +95,16 @@ def _sizes(gm: fx.GraphModule, node: fx.Node) -> list[Any]:
 
 
 def options(gm: fx.GraphModule) -> dict[str, Any]:
-    """Freezing, except in float64: it packs convolution weights for oneDNN, which has no float64."""
-    return {"freezing": not any(b.dtype == torch.float64 for b in gm.buffers())}
+    """What code for any shape is made with.
+
+    freezing                      except in float64: it packs convolution weights for oneDNN, which has no float64
+    always_keep_tensor_constants  for our operators: the pointers of a few groups would be written anew at every call,
+                                  by a kernel of their own, which takes a second to compile
+    """
+    return {
+        "freezing": not any(b.dtype == torch.float64 for b in gm.buffers()),
+        "always_keep_tensor_constants": any(_is_ours(n) for n in gm.graph.nodes),
+    }
 
 
 def _tuned(gm: fx.GraphModule) -> dict[str, Any]:

@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -40,7 +41,7 @@ def graph_name() -> str:
 class _Entry:
     """The graph built for the weights of one module, as they were."""
 
-    weights: tuple[int, ...]
+    weights: Callable[[Sequence[Any]], Sequence[Tensor]]
     seen: Seen
     inputs: list[int]
     build: Build
@@ -64,7 +65,7 @@ class Graph:
     def run(self, *args: Any) -> Sequence[Any]:
         """Dynamo's inputs to dynamo's outputs, in eager's strides; written inputs are written."""
         entry = self.entry
-        if entry is None or entry.seen.changed([args[i] for i in entry.weights]):
+        if entry is None or not entry.seen.unchanged(entry.weights(args)):
             entry = self._find(args)
         inputs = [args[i] for i in entry.inputs]
         same = all(x.shape == shape for x, shape in zip(inputs, entry.shapes, strict=True))
@@ -109,7 +110,7 @@ class Graph:
         log.info("%s", self.name)
         options = dataclasses.replace(self.settings.options, dynamic_batch=any(dynamic))
         built = self._built(args, inputs, leaves, [dynamic[i] for i in inputs], options)
-        return _Entry(tuple(self.weights), seen, inputs, built, [args[i].shape for i in inputs])
+        return _Entry(_taker(self.weights), seen, inputs, built, [args[i].shape for i in inputs])
 
     def _built(
         self, args: Sequence[Any], inputs: Sequence[int], leaves: list[Tensor], grows: list[bool], options: Options
@@ -150,6 +151,12 @@ class Graph:
         with torch.no_grad():
             outputs = self.gm(*[full[i] for i in range(len(full))])
         return [*(full[i] for i in self.retraced.written), *outputs]
+
+
+def _taker(indices: Iterable[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
+    """What picks these of a call's arguments, as fast as Python can."""
+    first, *rest = indices
+    return operator.itemgetter(first, *rest) if rest else lambda args: (args[first],)
 
 
 def _dynamo_lock() -> Any:

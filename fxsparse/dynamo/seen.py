@@ -2,29 +2,46 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Sequence
 
 from torch import Tensor
 
+_VERSION = operator.attrgetter("_version")
+
 
 class Seen:
-    """Tensors as they were at one time. A weak reference tells that an id was not taken by a new tensor."""
+    """Tensors as they were at one time.
+
+    They are looked at before every call, so what can be is done by `map`, without a step of Python per tensor.
+    """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self.tensors = [(weakref.ref(t), t._version, t.data_ptr()) for t in tensors]
+        self._gone: list[object] = []
+        self._refs = [weakref.ref(t, self._gone.append) for t in tensors]
+        self._ids = list(map(id, tensors))
+        self._values = _values(tensors)
+
+    def alive(self) -> bool:
+        """Whether all of them are: the id of one that is gone may belong to a new tensor."""
+        return not self._gone
 
     def are(self, tensors: Sequence[Tensor]) -> bool:
         """The same objects."""
-        return all(ref() is t for (ref, _, _), t in zip(self.tensors, tensors, strict=True))
+        return not self._gone and self._ids == list(map(id, tensors))
 
-    def alive(self) -> bool:
-        return all(ref() is not None for ref, _, _ in self.tensors)
+    def unchanged(self, tensors: Sequence[Tensor]) -> bool:
+        """The same objects, not written to, nor given other storage."""
+        return self.are(tensors) and self._values == _values(tensors)
 
     def changed(self, tensors: Sequence[Tensor]) -> list[int]:
         """Positions of those that were replaced, written to or given other storage since."""
-        return [
-            i
-            for i, ((ref, version, pointer), t) in enumerate(zip(self.tensors, tensors, strict=True))
-            if t._version != version or ref() is not t or t.data_ptr() != pointer
-        ]
+        now = zip(*_values(tensors), strict=True)
+        then = zip(self._refs, zip(*self._values, strict=True), tensors, now, strict=True)
+        return [i for i, (ref, before, t, after) in enumerate(then) if ref() is not t or before != after]
+
+
+def _values(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    """Version counters and addresses."""
+    return list(map(_VERSION, tensors)), list(map(Tensor.data_ptr, tensors))
