@@ -25,7 +25,7 @@ from fxsparse.formats import FORMATS
 from fxsparse.ir.capture import capture, masked_output
 from fxsparse.ir.decision import Plan
 from fxsparse.ir.graph import clone, erase_unused, flat
-from fxsparse.ir.inputs import batch_size
+from fxsparse.ir.inputs import batch_size, device_of
 from fxsparse.ir.masks import Masks
 from fxsparse.measure import LayerTimes, cpu_name
 from fxsparse.module import Build, SparseModule
@@ -226,8 +226,7 @@ def _rewrite(captured: Captured, options: Options) -> _Rewritten:
 
 
 def _context(leaves: list[Any], times: LayerTimes, options: Options) -> Context:
-    device = next(x.device for x in leaves if isinstance(x, Tensor))
-    names = options.target.formats(device) if options.formats != "dense" else ()
+    names = options.target.formats(device_of(leaves)) if options.formats != "dense" else ()
     forced = options.formats in FORMATS
     timed = options.measure and not options.target.standard_operators
     return Context(
@@ -291,7 +290,7 @@ def _report(rewritten: _Rewritten, options: Options) -> Report:
 def environment(inputs: Any) -> dict[str, str]:
     """What a number depends on: versions, machine, threads, shapes, date."""
     tensors = [x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor)]
-    device = tensors[0].device if tensors else torch.device("cpu")
+    device = device_of(tensors)
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),

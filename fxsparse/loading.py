@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from fxsparse.backend import Target, find_target
 from fxsparse.backend.target import Runnable
-from fxsparse.ir.inputs import LAYOUTS
+from fxsparse.ir.inputs import LAYOUTS, device_of
 from fxsparse.ir.shapes import propagate
 from fxsparse.module import Build, SparseModule
 from fxsparse.package import Saved, read
@@ -74,7 +73,7 @@ def _native(saved: Saved) -> Runnable | None:
     if saved.native is None:
         log.warning("the package holds no native code: it is generated at the first call")
         return None
-    device = next(x.device for x in pytree.tree_leaves(saved.example) if isinstance(x, Tensor))
+    device = device_of(saved.example)
     here, there = machine(device), dict(saved.native_for or {})
     other = sorted(key for key in here.keys() | there.keys() if here.get(key) != there.get(key))
     if other:

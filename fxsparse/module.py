@@ -21,7 +21,7 @@ from fxsparse.backend import Target, find_target
 from fxsparse.backend.target import Runnable
 from fxsparse.errors import InputError
 from fxsparse.ir.graph import flat
-from fxsparse.ir.inputs import LAYOUTS, Prepare, as_is
+from fxsparse.ir.inputs import LAYOUTS, Prepare, as_is, device_of
 from fxsparse.ir.version import VERSION
 from fxsparse.package import Saved, write
 from fxsparse.package.aoti import check_suffix, compile_aoti, machine
@@ -219,7 +219,7 @@ def _native(build: Build, lowered_by: Target) -> tuple[bytes, Mapping[str, str]]
     if lowered_by.name != "inductor":
         log.warning("no native code is saved: the build runs on target %r, which generates none", lowered_by.name)
         return None, None
-    device = next(x.device for x in build.example if isinstance(x, Tensor))
+    device = device_of(build.example)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt2"
         compile_aoti(flat(build.gm), tuple(build.prepared), path)

@@ -1,6 +1,8 @@
 """What the documents say is run: code blocks, commands, and the table that is made from the committed rows."""
 
+import json
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -64,6 +66,22 @@ def test_the_matrix_names_every_case_that_is_slower_than_dense() -> None:
     shown = bench.matrix(rows)
     assert f"{len(rows)} cases, {len(slower)} below 0.98 times the best dense build" in shown
     assert all(f"{r['model']} {r['recipe']} {r['sparsity']}: {r['speedup']}" in shown for r in slower)
+
+
+def test_a_suite_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, started = tmp_path / "rows.jsonl", []
+    had = [{**case, "dtype": dtype} for case, dtype in ((bench.MATRIX[0], "float32"), (bench.MATRIX[1], "bfloat16"))]
+    out.write_text("".join(json.dumps(row) + "\n" for row in had))
+
+    def start(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        started.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(bench.subprocess, "run", start)
+    assert bench.main(["--suite", "matrix", "--out", str(out)]) == 0
+    cases = [{name.removeprefix("--"): value for name, value in zip(c[3::2], c[4::2], strict=True)} for c in started]
+    sparsities = [(c["model"], c["recipe"], float(c["sparsity"])) for c in cases]
+    assert sparsities == [(c["model"], c["recipe"], c["sparsity"]) for c in bench.MATRIX[1:]]
 
 
 def test_every_row_says_where_it_comes_from() -> None:

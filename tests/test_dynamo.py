@@ -1,13 +1,14 @@
 """torch.compile(model, backend="fxsparse"): the same result as `compile`, whatever TorchDynamo does around it."""
 
 import copy
+import logging
 import os
 import re
 import subprocess
 import sys
 import threading
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -672,6 +673,17 @@ def test_the_entry_point_needs_no_import_and_torch_logs_shows_our_logger(tmp_pat
     assert "shrink_channels" in run.stderr
 
 
+@pytest.fixture
+def _logger_as_it_was() -> Iterator[None]:
+    """The page turns torch's logging on, for the whole process."""
+    logger = logging.getLogger("fxsparse")
+    level, propagate, handlers = logger.level, logger.propagate, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.propagate, logger.handlers[:] = propagate, handlers
+
+
+@pytest.mark.usefixtures("_logger_as_it_was")
 def test_the_page_s_python_runs() -> None:
     page = (ROOT / "docs" / "torch_compile.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {}

@@ -374,3 +374,15 @@ def test_inductor_does_not_write_the_pointers_of_packed_layers_at_every_call() -
     _, code = run_and_get_code(lambda: find_target("inductor").lower(gm, [x]))
     assert "shuffled_block_into" in code[0]
     assert "int64_t*" not in code[0]
+
+
+@pytest.mark.slow
+def test_packed_layers_run_in_inductor_s_c_wrapper() -> None:
+    """What TORCHINDUCTOR_CPP_WRAPPER=1 switches on: no Python between the layers."""
+    model = Of(lambda m, x: m["b"](F.relu(m["a"](x))), a=conv(16, 32), b=conv(32, 48))
+    x = integers(2, 16, 9, 9)
+    gm, _ = stored(model, x)
+    with torch._inductor.config.patch(cpp_wrapper=True):
+        run, code = run_and_get_code(lambda: find_target("inductor").lower(gm, [x]))
+    assert "fxsparse::shuffled_block_into" in code[0]
+    assert torch.equal(run(x)[0], flat(gm)(x)[0])

@@ -114,7 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--target", default="inductor")
     parser.add_argument("--seconds", type=float, default=12.0, help="timing budget of one case")
     parser.add_argument("--entrance", action="store_true", help="also time torch.compile(model, backend='fxsparse')")
-    parser.add_argument("--suite", choices=list(SUITES), help="run every case of a suite")
+    parser.add_argument("--suite", choices=list(SUITES), help="run every case of a suite that OUT lacks")
     parser.add_argument("--out", type=Path, help="append rows here (default: print only)")
     parser.add_argument("--matrix", action="store_true", help="print the committed rows of the suite matrix")
     parser.add_argument("--readme", action="store_true", help="write the README's table from tools/rows")
@@ -122,12 +122,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run_suite(arguments: argparse.Namespace) -> int:
-    """Each case in a process of its own: threads and caches are then its own too."""
+    """Each case in a process of its own: threads and caches are its own too. What the file has is not run again."""
     failed = 0
-    for i, case in enumerate(SUITES[arguments.suite]):
-        print(f"[{i + 1}/{len(SUITES[arguments.suite])}] {case}", file=sys.stderr, flush=True)
+    had = _rows_in(arguments.out) if arguments.out and arguments.out.exists() else []
+    wanted = [{**case, "dtype": arguments.dtype} for case in SUITES[arguments.suite]]
+    cases = [case for case in wanted if not any(case.items() <= row.items() for row in had)]
+    for i, case in enumerate(cases):
+        print(f"[{i + 1}/{len(cases)}] {case}", file=sys.stderr, flush=True)
         flags = [part for key, value in case.items() for part in (f"--{key}", str(value))]
-        flags += ["--dtype", arguments.dtype, "--device", arguments.device, "--seconds", str(arguments.seconds)]
+        flags += ["--device", arguments.device, "--seconds", str(arguments.seconds)]
         flags += ["--out", str(arguments.out)] if arguments.out else []
         failed += subprocess.run([sys.executable, "-m", "tools.bench", *flags], cwd=ROOT, check=False).returncode != 0
     return int(failed > 0)
@@ -331,7 +334,11 @@ def _append(path: Path | None, row: dict[str, Any]) -> None:
 def load_rows(folder: str = "") -> list[dict[str, Any]]:
     """Committed rows, in the order of their files; those of the README's tables lie in `tools/rows` itself."""
     files = sorted((ROWS / folder).glob("*.jsonl"))
-    return [json.loads(line) for path in files for line in path.read_text().splitlines()]
+    return [row for path in files for row in _rows_in(path)]
+
+
+def _rows_in(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def newest(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fxsparse.backend.target import Runnable
+from fxsparse.ir.inputs import device_of
 
 log = logging.getLogger("fxsparse")
 WARM_UPS = 3  # libraries choose algorithms and get their workspaces in the first calls; torch's notes ask for three
@@ -63,7 +64,7 @@ class CudaGraph:
 
 def captured(run: Runnable, inputs: Sequence[Any]) -> Runnable:
     """`run` as a CUDA graph when its inputs are on a GPU; itself elsewhere and, with a warning, where torch refuses."""
-    device = next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
+    device = device_of(inputs)
     if device.type != "cuda":
         return run
     try:

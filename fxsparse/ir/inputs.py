@@ -1,4 +1,4 @@
-"""Flattened inputs: their batch size, and what a build does to them first, named so that a saved one can say which."""
+"""Flattened inputs: their batch size and device, and what a build does to them first, by a name that can be saved."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ Prepare = Callable[[Sequence[Any]], Sequence[Any]]
 def batch_size(inputs: Iterable[Any]) -> int:
     """Dimension 0 of the first tensor that has dimensions; 1 without one."""
     return next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim()), 1)
+
+
+def device_of(inputs: Iterable[Any]) -> torch.device:
+    """Of the first tensor; the CPU without one."""
+    return next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
 
 
 def as_is(inputs: Sequence[Any]) -> Sequence[Any]:
