@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import random
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -778,3 +779,19 @@ def test_a_weight_that_two_calls_share_is_right_in_both() -> None:
     )
     masks, x = masks_of(model, {"a.weight": [0, 1], "a.bias": [0], "b.weight": [2]}), torch.randn(3, 5).double()
     agree(build(model, masks, x)(x), zeroed(model, masks)(x), rtol=1e-10, atol=1e-10)
+
+
+def test_builds_that_lost_and_modules_that_are_gone_leave_no_weights_behind() -> None:
+    """Inductor keeps every module it generates, weights and all."""
+    from torch._inductor.codecache import PyCodeCache
+
+    def held() -> set[str]:
+        modules = [*PyCodeCache.modules, *(m for name, m in sys.modules.items() if "compile_tasks" in name)]
+        return {m.__name__ for m in modules if any(isinstance(v, Tensor) for v in vars(m).values())}
+
+    before = held()
+    model, x = Net(), images()
+    fast = build(model, masks_of(model), x, target="inductor", measure=True)
+    with torch.no_grad():
+        assert fast(images(3)).shape[0] == 3  # any batch size: a build of its own
+    assert held() == before

@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 
 from fxsparse.backend.cuda_graph import captured
@@ -43,7 +45,7 @@ class Inductor(Target):
         module = with_memory(flat(gm))
         for node in module.graph.nodes:  # symbolic shapes of the capture mean nothing to this trace
             node.meta.pop("val", None)
-        with torch.no_grad():
+        with torch.no_grad(), _not_kept():
             run = cast(Runnable, torch._inductor.compile(module, list(inputs), options=_tuned(gm)))
         return captured(run, inputs)
 
@@ -53,13 +55,29 @@ class Inductor(Target):
         module = with_memory(flat(gm))
         fake = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
         patches = {"config_patches": options(gm)}
-        with torch.no_grad(), tracing(TracingContext(fake_mode(module))):
+        with torch.no_grad(), _not_kept(), tracing(TracingContext(fake_mode(module))):
             return cast(
                 Runnable,
                 torch._inductor.standalone_compile(
                     module, fake, dynamic_shapes="from_tracing_context", options=patches
                 ),
             )
+
+
+@contextlib.contextmanager
+def _not_kept() -> Iterator[None]:
+    """Generated modules hold the weights, and torch keeps them until the process ends. These go with what runs them.
+
+    Every build that lost to a faster one would stay in memory otherwise.
+    """
+    from torch._inductor.codecache import PyCodeCache
+
+    before = set(map(id, PyCodeCache.modules))
+    yield
+    for module in [m for m in PyCodeCache.modules if id(m) not in before]:
+        if any(isinstance(value, Tensor) for value in vars(module).values()):
+            PyCodeCache.modules.remove(module)
+            sys.modules.pop(module.__name__, None)
 
 
 def with_memory(gm: fx.GraphModule) -> fx.GraphModule:
