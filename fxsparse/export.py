@@ -20,7 +20,7 @@ from fxsparse.deploy.tensorrt_build import Profile, decisions, eligible_weights,
 from fxsparse.deploy.tensorrt_runtime import open_engine
 from fxsparse.errors import InputError
 from fxsparse.ir.decision import Decision
-from fxsparse.ir.files import replacing
+from fxsparse.ir.files import as_path, replacing, writing
 from fxsparse.ir.graph import flat
 from fxsparse.ir.inputs import batch_size
 from fxsparse.module import SparseModule
@@ -87,7 +87,8 @@ def _write(
     sparse: SparseModule, model: OnnxModel, path: str | os.PathLike[str], external_data: bool | None, verify: bool
 ) -> OnnxFile:
     verified = verify_onnx(sparse.graph_module, model, pytree.tree_leaves(sparse.example_inputs)) if verify else {}
-    files = save(model, path, external_data=external_data)
+    with writing(path):
+        files = save(model, path, external_data=external_data)
     return OnnxFile(files, model.opset, model.operators, not_in_tensorrt(model.proto), model.graph.two_four, verified)
 
 
@@ -101,11 +102,12 @@ def compiled_graph(sparse: object) -> fx.GraphModule:
 
 def check_path(path: str | os.PathLike[str]) -> None:
     """Raise InputError unless a file can be written there: found out before the work rather than after."""
+    target = as_path(path, "a file to write")
     try:
-        folder = Path(path).parent
+        folder = target.parent
         folder.mkdir(parents=True, exist_ok=True)
-        problem = "a folder" if Path(path).is_dir() else "" if os.access(folder, os.W_OK) else "no right to write there"
-    except (OSError, TypeError) as error:
+        problem = "a folder" if target.is_dir() else "" if os.access(folder, os.W_OK) else "no right to write there"
+    except OSError as error:
         problem = f"{type(error).__name__}: {error}"
     if problem:
         raise InputError(f"path {path!r}", expected="a file that can be written", got=problem,
@@ -178,7 +180,7 @@ def export_tensorrt(
         file = _write(sparse, model, path, None, verify)
         return TensorRtFile(file.files, trtexec(model, profile, Path(path)), onnx=file)
     plan, _ = open_engine(trt, model, profile, sparse=True)
-    with replacing(path) as name:
+    with writing(path), replacing(path) as name:
         name.write_bytes(plan.data)
     return TensorRtFile((Path(path),), trtexec(model, profile, Path("model.onnx")), decisions(model, plan))
 

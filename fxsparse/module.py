@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import functools
 import logging
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,8 +20,10 @@ from torch.utils import _pytree as pytree
 from fxsparse.backend import Target, find_target
 from fxsparse.backend.target import Runnable
 from fxsparse.errors import InputError
+from fxsparse.ir.files import writing
 from fxsparse.ir.graph import flat
 from fxsparse.ir.inputs import LAYOUTS, Prepare, as_is, device_of
+from fxsparse.ir.shapes import propagate
 from fxsparse.ir.version import VERSION
 from fxsparse.package import Saved, write
 from fxsparse.package.aoti import check_suffix, compile_aoti, machine
@@ -98,7 +100,8 @@ class SparseModule(nn.Module):
 
     @property
     def graph_module(self) -> fx.GraphModule:
-        return self._built("graph_module").gm
+        build = self._built("graph_module")  # one that was loaded has no shapes yet
+        return propagate(build.gm, build.example, dynamic_batch=build.dynamic_batch)
 
     @property
     def example_inputs(self) -> tuple[Any, ...]:
@@ -157,7 +160,7 @@ class SparseModule(nn.Module):
         lowered_by = build.lowered_by or build.target
         saved = Saved(build.gm, build.example, build.target.name, lowered_by.name, layout, build.dynamic_batch,
                       build.report)  # fmt: skip
-        with _writing(path):
+        with writing(path):
             if native:
                 saved.native, saved.native_for = _native(build, lowered_by)
             write(saved, path, VERSION)
@@ -174,8 +177,8 @@ class SparseModule(nn.Module):
         find_target("inductor")
         args = pytree.tree_unflatten(build.example, build.in_spec)
         about = {"fxsparse": VERSION, "inputs": "; ".join(_describe(x) for x in build.example)}
-        with _writing(path):
-            compile_aoti(build.gm, args, path, dynamic_batch=dynamic_batch, metadata=about)
+        with writing(path):
+            compile_aoti(self.graph_module, args, path, dynamic_batch=dynamic_batch, metadata=about)
 
     def _built(self, what: str) -> Build:
         if self._build is None:
@@ -196,7 +199,7 @@ def run_build(build: Build, inputs: Sequence[Any], same: bool) -> list[Any]:
 
 def _any_batch(build: Build, inputs: Sequence[Any]) -> Runnable:
     if 0 in (x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim()):
-        return flat(build.gm)  # generated code may not like empty loops; nothing is to be gained here
+        return functools.partial(_empty, build)
     with COMPILING:
         if build.any_batch is None:
             log.info("lower (%s, any batch size)", build.target.name)
@@ -204,14 +207,12 @@ def _any_batch(build: Build, inputs: Sequence[Any]) -> Runnable:
     return build.any_batch
 
 
-@contextlib.contextmanager
-def _writing(path: str | os.PathLike[str]) -> Iterator[None]:
+def _empty(build: Build, *inputs: Any) -> Sequence[Any]:
+    """No samples: the graph as it is, as generated code may not like empty loops. Raises InputError where it fails."""
     try:
-        yield
-    except OSError as error:
-        got = f"{type(error).__name__}: {error.strerror}"
-        raise InputError(f"output file {os.fspath(path)!r}", expected="a path that can be written", got=got,
-                         do="Name another file.") from None  # fmt: skip
+        return cast("Sequence[Any]", flat(build.gm)(*inputs))
+    except RuntimeError as error:
+        raise _misfit("at least one sample: this model's graph cannot run without", str(error)[:200]) from None
 
 
 def _native(build: Build, lowered_by: Target) -> tuple[bytes, Mapping[str, str]] | tuple[None, None]:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -529,3 +532,69 @@ def test_layer_scale_shrinks_with_its_channels(shape: tuple[int, ...]) -> None:
             return self.b(self.a(x) * self.g)
 
     shapes_after(dead(alive(Scaled()), {"a": [0, 1]}), (3, 4, 4), {"a.weight": (6, 3), "b.weight": (2, 6)})
+
+
+# ------------------------------------------------------------ paths
+
+WRITERS: dict[str, Any] = {
+    "save": lambda fast, path: fast.save(path),
+    "save_aoti": lambda fast, path: fast.save_aoti(path),
+    "export_onnx": fxsparse.export_onnx,
+    "masks": lambda fast, path: fxsparse.Masks({}).save(path),
+}
+
+
+@pytest.fixture(scope="module")
+def small() -> fxsparse.SparseModule:
+    model = nn.Linear(4, 4).eval()
+    return fxsparse.compile(model, target="eager", measure=False, example_inputs=(torch.randn(1, 4),))
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", None, 3])
+def test_what_names_no_file_is_refused_in_four_parts(small: fxsparse.SparseModule, path: Any) -> None:
+    for use in (*WRITERS.values(), lambda _, path: fxsparse.load(path), lambda _, path: fxsparse.read(path)):
+        with pytest.raises(fxsparse.InputError, match=r"expected .*; got"):
+            use(small, path)
+
+
+@pytest.mark.parametrize("writer", [name for name in WRITERS if name != "save_aoti"])  # it refuses other suffixes first
+def test_what_is_no_file_is_not_replaced(small: fxsparse.SparseModule, tmp_path: Path, writer: str) -> None:
+    """Run by root, as in a container, a rename over /dev/null would take it from everybody."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(fxsparse.InputError, match="no file"):
+        WRITERS[writer](small, pipe)
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+@pytest.mark.parametrize("writer", [name for name in WRITERS if name != "save_aoti"])
+def test_a_symbolic_link_stays_and_its_file_is_replaced(
+    small: fxsparse.SparseModule, tmp_path: Path, writer: str
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    file, link = tmp_path / "elsewhere" / "file", tmp_path / "link"
+    file.write_text("old")
+    link.symlink_to(file)
+    WRITERS[writer](small, link)
+    assert link.is_symlink()
+    assert file.read_bytes() != b"old"
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_an_empty_batch_that_the_graph_cannot_take_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(8, 32, 3), nn.LocalResponseNorm(3)).eval()
+    fast = fxsparse.compile(model, target="eager", measure=False, example_inputs=(torch.randn(2, 8, 8, 8),))
+    with pytest.raises(fxsparse.InputError, match="at least one sample"):
+        fast(torch.randn(0, 8, 8, 8))
+
+
+def test_a_linear_layer_on_one_sample_without_a_batch() -> None:
+    model, x = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.randn(16)
+    mask = torch.ones(8, 16, dtype=torch.bool)
+    mask[:4] = False
+    options: Any = {"target": "eager", "measure": False, "dynamic_batch": False}
+    fast = fxsparse.compile(model, {"0.weight": mask}, example_inputs=(x,), **options)
+    with torch.no_grad():
+        model[0].weight.masked_fill_(~mask, 0)
+        torch.testing.assert_close(fast(x), model(x))

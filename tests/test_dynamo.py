@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -692,3 +692,62 @@ def test_the_page_s_python_runs() -> None:
     for block in blocks:
         exec(block, names)
     assert names["reports"][0].rows[0].name
+
+
+# ------------------------------------------------------------ changes that leave no version behind, and sizes
+
+QUICK = {"target": "eager", "measure": False}
+
+
+def test_running_statistics_that_training_wrote_are_seen() -> None:
+    """PyTorch's batch norm counts no version when it updates them: recalibration after pruning would be lost."""
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU()).eval()
+    compiled, x = torch.compile(model, backend="fxsparse", options=QUICK), torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        compiled(x)
+        for _ in range(2):  # they stay weights, folded into the convolution: state would be an input from now on
+            before = model[1].running_mean._version
+            model.train()(torch.randn(32, 3, 8, 8) * 3 + 1)
+            model.eval()
+            assert model[1].running_mean._version == before
+            agree(compiled(x), model(x))
+
+
+def test_storage_given_to_the_allocator_and_back_is_seen() -> None:
+    """Two assignments of `.data` between calls: the second lands where the first weight was."""
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    compiled, x = torch.compile(model, backend="fxsparse", options=QUICK), torch.randn(4, 16)
+    with torch.no_grad():
+        compiled(x)
+        for _ in range(6):
+            for _ in range(2):
+                model[0].weight.data = model[0].weight.data * 1.5
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+class Times(nn.Module):
+    def __init__(self, how: Callable[[Tensor, Any], Any]) -> None:
+        super().__init__()
+        self.linear, self.how = nn.Linear(16, 16), how
+
+    def forward(self, x: Tensor, k: Any) -> Any:
+        return self.how(self.linear(x), k)
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_number_that_changes_leaves_the_graph_dense(dynamic: bool | None) -> None:
+    model = Times(lambda y, k: y * k).eval()
+    compiled = torch.compile(model, backend="fxsparse", options=QUICK, dynamic=dynamic)
+    x = torch.randn(2, 16)
+    for k in (2, 3, 4):
+        with torch.no_grad():
+            agree(compiled(x, k), model(x, k))
+
+
+def test_sizes_and_values_that_depend_on_data_leave_the_graph_dense(caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.randn(2, 16)
+    flags = {"capture_dynamic_output_shape_ops": True, "capture_scalar_outputs": True}
+    with torch._dynamo.config.patch(flags), torch.no_grad():
+        for model in (Times(lambda y, k: y.nonzero()).eval(), Times(lambda y, k: y * k.sum().item()).eval()):
+            agree(torch.compile(model, backend="fxsparse", options=QUICK)(x, x), model(x, x))
+    assert caplog.text.count("depends on the data") == 2

@@ -562,3 +562,16 @@ def test_a_package_without_native_code_says_so(
         assert "holds no native code" in caplog.text
         module.save(tmp_path / "m", native=True)
     assert "no native code is saved: the build runs on target 'eager'" in caplog.text
+
+
+@pytest.mark.parametrize("formats", ["shuffled_block", "dense"])
+def test_a_module_just_loaded_can_be_exported(tmp_path: Path, formats: str) -> None:
+    """Before its first call a loaded graph has no shapes."""
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
+    mask = torch.zeros(32, 3, 3, 3, dtype=torch.bool)
+    mask[:16, :1] = mask[16:, 1:] = True
+    options: Any = {"target": "eager", "measure": False, "formats": formats}
+    fast = fxsparse.compile(model.eval(), {"0.weight": mask}, example_inputs=(torch.randn(2, 3, 8, 8),), **options)
+    fast.save(tmp_path / "model.fxsparse")
+    file = fxsparse.export_onnx(fxsparse.load(tmp_path / "model.fxsparse"), tmp_path / "model.onnx")
+    assert set(file.verified) == {1, 2, 5}

@@ -310,3 +310,23 @@ def test_a_checkpoint_says_what_it_is(tmp_path: Path) -> None:
     found = fxsparse.read(tmp_path / "state.pt")
     assert repr(found).startswith("Checkpoint(torch.nn.utils.prune, Masks(3 parameters, sparsity 0.")
     assert repr(found).endswith(", 6 tensors)")
+
+
+WEIGHT = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+ODD: dict[str, Any] = {
+    "a dtype without masked_fill": {"a.weight_orig": WEIGHT.to(torch.float8_e4m3fn), "a.weight_mask": WEIGHT > 0},
+    "sparse": {"a.weight": WEIGHT.relu().to_sparse()},
+    "CSR": {"a.weight": WEIGHT.relu().to_sparse_csr()},
+    "no data": {"a.weight": WEIGHT.to("meta")},
+    "a number for a name": {"a": {0: WEIGHT > 0}},
+    "a size that is no number": {"a.compressed": WEIGHT[:, :8], "a.bitmask": (WEIGHT[:, :2] > 0).byte(),
+                                 "a.shape": torch.tensor([float("nan"), 16.0])},
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch's, about sparse tensors
+@pytest.mark.parametrize("what", ODD)
+def test_tensors_that_torch_cannot_look_into_are_refused_in_four_parts(tmp_path: Path, what: str) -> None:
+    torch.save(ODD[what], tmp_path / "odd.pt")
+    with pytest.raises(fxsparse.MaskError, match="expected"):
+        fxsparse.read(tmp_path / "odd.pt")

@@ -32,7 +32,7 @@ def rows_kept(layer: fx.Node, facts: Facts, layout: Layout) -> Counter[str]:
     weight = cast(fx.Node, layer.args[1])
     reasons = Counter(layout.why(weight, 0))
     dim = len(layout.kept[layer]) - 1 if isinstance(rule_of(layer), Linear) else _channel_dim(layer, layout)
-    known = ~any_along(facts.unknown[layer].movedim(dim, 0).flatten(1), 1).cpu()
+    known = ~any_along(facts.unknown[layer].movedim(dim, 0).unsqueeze(-1).flatten(1), 1).cpu()
     stays = layout.kept[layer][dim] & known & (layout.cause[layer][dim] == NEEDED)
     reasons.update(_reader(layer, dim, int(i), facts) for i in stays.nonzero().flatten())
     return reasons

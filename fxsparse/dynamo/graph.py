@@ -58,6 +58,7 @@ class Graph:
         self.gm, self.retraced, self.settings = gm, retraced, settings
         self.name = graph_name()
         self.weights = {i: name for i, name in weights.items() if i not in retraced.written}
+        self.running = retraced.running
         self.entry: _Entry | None = None
         self.entries: list[_Entry] = []
         self.orders = [order_of(n.meta.get("example_value")) for n in outputs_of(gm)]
@@ -97,13 +98,13 @@ class Graph:
         """Buffers that change by themselves are state, not weights: from now on they are inputs."""
         names = ", ".join(self.weights[i] for i in changed[:3]) + (" ..." if len(changed) > 3 else "")
         log.warning("%s is built again: %s changed", self.name, names)
-        if any(isinstance(args[i], nn.Parameter) for i in changed):
+        if any(isinstance(args[i], nn.Parameter) or i in self.running for i in changed):
             return False
         self.weights = {i: name for i, name in self.weights.items() if i not in changed}
         return True
 
     def _build(self, args: Sequence[Any]) -> _Entry:
-        seen = Seen([args[i] for i in self.weights])
+        seen = Seen([args[i] for i in self.weights], [k for k, i in enumerate(self.weights) if i in self.running])
         dynamic = [bool(grows) and i not in self.weights for i, grows in enumerate(self.retraced.dynamic)]
         inputs = [i for i, x in enumerate(args) if isinstance(x, Tensor) and i not in self.weights]
         leaves = list(checked_inputs(tuple(args[i] for i in inputs)))

@@ -1,21 +1,38 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and paths that are none."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+
+from fxsparse.errors import InputError
+
+
+def as_path(path: object, what: str) -> Path:
+    """`path` as a Path. Raises InputError for what names no file, whatever the system would say to it."""
+    try:
+        text = os.fsdecode(path)  # type: ignore[arg-type]
+    except TypeError:
+        text = ""
+    if not text or "\0" in text:
+        raise InputError(f"path of {what}", expected="a str or os.PathLike", got=repr(path), do="Name a file.")
+    return Path(text)
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary name beside `path` to write to; renamed when all went well, removed when not. Makes the folder.
 
-    Processes that write at once leave one whole file. An OSError of the system passes through.
+    Processes that write at once leave one whole file. A symbolic link stays, what it names is replaced; anything else
+    that is no file is left alone. An OSError of the system passes through.
     """
-    target = Path(path)
+    target = Path(os.path.realpath(as_path(path, "a file to write")))
+    if target.exists() and not target.is_file():  # renaming over /dev/null would take it from everybody
+        raise OSError(errno.EINVAL, "there is something that is no file", str(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     # in the same folder, so that the renaming is atomic; the suffix stays, as some writers look at it
     temporary = target.with_name(f".{secrets.token_hex(6)}.{target.name}")
@@ -25,3 +42,14 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Inside, an OSError of the system becomes an InputError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        got = f"{type(error).__name__}: {error.strerror}"
+        raise InputError(f"output file {os.fspath(path)!r}", expected="a path that can be written", got=got,
+                         do="Name another file.") from None  # fmt: skip

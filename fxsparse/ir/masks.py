@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fxsparse.errors import MaskError, near
-from fxsparse.ir.files import replacing
+from fxsparse.ir.files import as_path, replacing, writing
 
 _SUGGEST_FLOAT = "A mask is one bool per weight, True = kept; 0/1 in uint8 or float is also read."
 
@@ -57,7 +57,7 @@ class Masks(Mapping[str, Tensor]):
     def load(cls, path: str | os.PathLike[str]) -> Masks:
         """Read a .safetensors file of masks. Raises MaskError when it is missing, damaged or not safetensors."""
         try:
-            return cls(load_file(Path(path)))
+            return cls(load_file(as_path(path, "masks")))
         except (OSError, ValueError, SafetensorError) as error:
             raise MaskError(
                 f"masks file {os.fspath(path)!r}",
@@ -67,9 +67,12 @@ class Masks(Mapping[str, Tensor]):
             ) from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a .safetensors file (uint8, 1 = kept), whole or not at all."""
-        with replacing(path) as name:
-            save_file({n: m.to(torch.uint8).contiguous() for n, m in self.items()}, name)
+        """Write a .safetensors file (uint8, 1 = kept), whole or not at all. Raises InputError where it cannot be."""
+        with writing(path), replacing(path) as name:
+            try:
+                save_file({n: m.to(torch.uint8).contiguous() for n, m in self.items()}, name)
+            except SafetensorError as error:  # a full disk, say
+                raise OSError(errno.EIO, str(error)) from None
 
     @classmethod
     def from_zeros(cls, model: nn.Module) -> Masks:

@@ -7,16 +7,18 @@ still a placeholder in the result, weights too; `Retraced.bind` makes constants 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fxsparse.ir.capture import draws, drop_assertions
-from fxsparse.ir.graph import aten, clone, free_name, operator_name, owner, set_tensor
+from fxsparse.ir.graph import arg, aten, clone, free_name, operator_name, owner, set_tensor
 
+_RUNNING = ("running_mean", "running_var")
 _TRAINING_NORM = ("_native_batch_norm_legit_functional", "_native_batch_norm_legit")
 
 
@@ -59,6 +61,13 @@ class Retraced:
     def dynamic(self) -> list[bool]:
         """For each placeholder: is it a tensor with a symbolic dimension 0."""
         return [bool(_symbolic(n.meta["val"])) for n in _placeholders(self.gm)]
+
+    @property
+    def running(self) -> set[int]:
+        """Placeholders that are running statistics of a norm: PyTorch writes to them without counting versions."""
+        indices = {n: i for i, n in enumerate(_placeholders(self.gm))}
+        read = [arg(n, name) for n in self.gm.graph.nodes for name in _RUNNING if _has(n, name)]
+        return {indices[n] for n in read if n in indices}
 
     def bind(self, weights: Mapping[int, tuple[str, Tensor]]) -> fx.GraphModule:
         """A graph of its own in which the inputs `weights` (index: name, value) are constants of these names.
@@ -107,6 +116,11 @@ def _export(gm: fx.GraphModule, fakes: list[Any]) -> tuple[fx.GraphModule, Any]:
     return cast(fx.GraphModule, traced), signature
 
 
+def _has(node: fx.Node, name: str) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(a.name == name for a in schema.arguments)
+
+
 def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
     return [n for n in gm.graph.nodes if n.op == "placeholder"]
 
@@ -123,6 +137,9 @@ def _refuse_state(gm: fx.GraphModule) -> None:
         raise Unfit("TorchDynamo does not say what goes into it")
     if not all(isinstance(n, fx.Node) for n in outputs_of(gm)):
         raise Unfit("it returns a constant")
+    unknown = [n.name for n in gm.graph.nodes if free_unbacked_symbols(n.meta.get("example_value"))]
+    if unknown:
+        raise Unfit(f"{unknown[0]} has a size or value that depends on the data")
 
 
 def _views(gm: fx.GraphModule) -> dict[int, View]:
@@ -212,7 +229,7 @@ def _refuse(gm: fx.GraphModule) -> None:
     _refuse_symbols(_placeholders(gm))
 
 
-def _refuse_symbols(inputs: Iterable[fx.Node]) -> None:
+def _refuse_symbols(inputs: Sequence[fx.Node]) -> None:
     """The analysis looks at one sample: one symbolic size, that of the batch, in dimension 0."""
     batches = set()
     for node in inputs:
@@ -224,6 +241,10 @@ def _refuse_symbols(inputs: Iterable[fx.Node]) -> None:
                             "False), or torch._dynamo.mark_static(x, dim), makes code for each size")  # fmt: skip
     if len(batches) > 1:
         raise Unfit(f"its inputs have {len(batches)} batch sizes, {', '.join(sorted(batches))}")
+    for node in inputs:
+        value = node.meta["val"]
+        if not isinstance(value, Tensor) and node.users and str(value) not in batches:
+            raise Unfit(f"it computes with the number {value}, which is no batch size of an input")
 
 
 def _described(value: Tensor) -> str:
@@ -243,9 +264,7 @@ def _sizes_from_shapes(gm: fx.GraphModule) -> None:
         if isinstance(value, Tensor):
             continue
         if node.users:
-            source = next((n for n in tensors if str(n.meta["val"].shape[0]) == str(value)), None)
-            if source is None:
-                raise Unfit(f"it computes with the number {value}, which is no batch size of an input")
+            source = next(n for n in tensors if str(n.meta["val"].shape[0]) == str(value))
             with gm.graph.inserting_after(inputs[-1]):
                 size = gm.graph.call_function(aten.sym_size.int, (source, 0))
             size.meta["val"] = value

@@ -16,13 +16,13 @@ from torch.utils import _pytree as pytree
 
 from fxsparse.backend.inductor import options, with_memory
 from fxsparse.errors import InputError, PackageError
-from fxsparse.ir.files import replacing
+from fxsparse.ir.files import as_path, replacing
 from fxsparse.ir.graph import clone
 
 
 def check_suffix(path: str | os.PathLike[str], where: str) -> None:
     """Raise InputError unless `path` is named as AOTInductor demands. `where` is the user's word for it."""
-    if Path(path).suffix != ".pt2":
+    if as_path(path, where).suffix != ".pt2":
         raise InputError(where, expected="a name that ends in .pt2, as AOTInductor demands", got=repr(os.fspath(path)),
                          do="Name it model.pt2, say.")  # fmt: skip
 

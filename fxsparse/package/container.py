@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fxsparse.errors import PackageError
-from fxsparse.ir.files import replacing
+from fxsparse.ir.files import as_path, replacing
 
 FORMAT, VERSION = "fxsparse package", "1"
 _AGAIN = "Save it again, or copy it again from where it is whole."
@@ -63,11 +63,12 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
 
     Raises PackageError for a file that is missing, damaged, foreign, or of another version.
     """
+    file_path = as_path(path, "a package")
     where = f"package {os.fspath(path)!r}"
     try:
-        if not stat.S_ISREG(Path(path).stat().st_mode):
+        if not stat.S_ISREG(file_path.stat().st_mode):
             raise _damaged(where, "not a regular file")
-        with _held(Path(path)) as same:
+        with _held(file_path) as same:
             _check_kind(where, same)
             with safe_open(same, "pt") as file:
                 metadata = file.metadata() or {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
-from fxsparse.errors import MaskError
+from fxsparse.errors import FxSparseError, MaskError
 from fxsparse.readers import compressed_tensors, nni, plain, torch_prune
 from fxsparse.readers.checkpoint import Checkpoint
 from fxsparse.readers.files import load
@@ -25,13 +25,23 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     path  a .safetensors file, a file saved by torch.save, or a folder of .safetensors files. It may hold masks by
           parameter name, a state dict under torch.nn.utils.prune, a compressed-tensors or SparseML checkpoint, masks
           of NNI, or a dense checkpoint with zeros
-    Raises MaskError when it is missing, damaged, none of these, or a pickle that could run code.
+    Raises MaskError when it is missing, damaged, none of these, or a pickle that could run code; InputError for what is
+    no path.
     """
     found, where = load(path), f"masks file {os.fspath(path)!r}"
-    for source in SOURCES:
-        if source.recognizes(found):
-            checkpoint: Checkpoint = source.read(found, where)
-            return checkpoint
+    try:
+        for source in SOURCES:
+            if source.recognizes(found):
+                checkpoint: Checkpoint = source.read(found, where)
+                return checkpoint
+    except FxSparseError:
+        raise
+    except Exception as error:  # noqa: BLE001 - of a sparse, quantized or nested tensor torch says what it likes
+        raise MaskError(
+            where, expected="dense tensors with data",
+            got=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}",
+            do="Convert what is sparse, quantized or nested, and save it again.",
+        ) from None  # fmt: skip
     cut_out = {"full_state_dict", "attributions"} <= found.keys()  # as tp.state_dict(model) gives it
     raise MaskError(
         where, expected=f"what one of {', '.join(s.NAME for s in SOURCES)} writes",

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fxsparse.errors import MaskError
+from fxsparse.ir.files import as_path
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training scripts put the state dict
 _KEEP = "fxsparse.Masks(...).save(path) writes masks, torch.save(model.state_dict(), path) a checkpoint."
@@ -25,8 +26,8 @@ def load(path: str | os.PathLike[str]) -> Mapping[str, object]:
     A state dict inside of a training checkpoint is taken out of it. Raises MaskError when there is nothing to read,
     when it is damaged, and when it holds more than tensors and containers: then it could run code.
     """
+    given = as_path(path, "masks or a checkpoint")
     where = f"masks file {os.fspath(path)!r}"
-    given = Path(path)
     try:
         found = _folder(given, where) if given.is_dir() else _file(given)
     except MaskError:
