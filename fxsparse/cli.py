@@ -36,10 +36,10 @@ _EXAMPLES = """\
 examples:
   fxsparse plan torchvision:resnet18 --masks masks.safetensors --input 1,3,224,224
   fxsparse compile models:vgg16_cifar --weights trained.pt --input 1,3,32,32 --html report.html
-  fxsparse compile torchvision:resnet18 --masks masks.safetensors --input 1,3,224,224 --out fast.fxsparse
+  fxsparse compile torchvision:resnet18 --masks pruned.pt --input 1,3,224,224 --out fast.fxsparse
   fxsparse bench fast.fxsparse
   fxsparse bench my_package.nets:small --input 8,3,64,64 --threads 1 >> rows.jsonl
-  fxsparse coarsen torchvision:resnet18 --masks masks.safetensors --method partition --out coarse.safetensors
+  fxsparse coarsen torchvision:resnet18 --masks pruned.pt --method partition --out coarse.safetensors
   fxsparse demo --quick
 """
 _MODEL = f"""\
@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_coarsen_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=_MODEL)
     parser.add_argument("--masks", metavar="FILE", help="masks or a pruned checkpoint: see docs/readers.md")
-    parser.add_argument("--weights", metavar="FILE", help="state dict, .safetensors or .pt (default: random weights)")
+    _add_weights(parser)
     parser.add_argument(
         "--method", metavar="NAME", required=True, help=f"how rows and columns are chosen: {', '.join(_METHODS)}"
     )
@@ -151,10 +151,17 @@ def _add_coarsen_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", metavar="FILE", type=_output_file, help="write a page with pictures of the masks")
 
 
+def _add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights", metavar="FILE",
+        help="state dict, .safetensors or .pt (default: those of a checkpoint given as --masks; else the model's own)",
+    )  # fmt: skip
+
+
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help=_MODEL)
     parser.add_argument("--masks", metavar="FILE", help="masks or a pruned checkpoint: see docs/readers.md")
-    parser.add_argument("--weights", metavar="FILE", help="state dict, .safetensors or .pt (default: random weights)")
+    _add_weights(parser)
     parser.add_argument(
         "--input", metavar="SHAPE", dest="shapes", type=named.parse_shape, action="append", default=[],
         help="shape of an input, such as 1,3,224,224; once for each argument of the model",
@@ -240,21 +247,27 @@ def _coarsen(arguments: argparse.Namespace) -> None:
             do=near(arguments.method, _METHODS) or "--method partition keeps the most of the weights.",
         )
     with progress():
-        model = named.load_model(arguments.model)
-        if arguments.weights is not None:
-            named.load_weights(model, arguments.weights)
-        masks = fxsparse.read(arguments.masks).masks if arguments.masks else fxsparse.Masks.from_zeros(model)
-        masks = masks.check(model)
+        model, given = _model_and_masks(arguments)
+        masks = given.check(model) if given is not None else _masks_of(model)
         options = _rows_of_a_group(arguments) | _pattern_options(arguments)
-        if arguments.method == "n_m" and not arguments.masks:  # weights without zeros take part
+        if arguments.method == "n_m" and given is None:  # weights without zeros take part
             ones = {name: torch.ones_like(w, dtype=torch.bool) for name, w in prunable(model).items()}
             masks = fxsparse.Masks({**ones, **masks})
+        if not masks:
+            raise InputError("--masks", expected="masks, or zeros in the model's weights", got="neither",
+                             do="Pass --masks FILE, or --weights FILE with the pruned weights.")  # fmt: skip
         found = method(dict(model.named_parameters()), masks, **options)
     print(found)
     found.masks.save(arguments.out)
     if arguments.html is not None:
         text = page(found, masks, f"fxsparse coarsen: {arguments.model}, {arguments.method}", _draw)
         _write_text(arguments.html, text)
+
+
+def _masks_of(model: nn.Module) -> fxsparse.Masks:
+    """What torch.nn.utils.prune left, or the zeros in weights: a bias or a norm may begin as zeros."""
+    zeros = fxsparse.Masks.from_zeros(model)
+    return fxsparse.Masks.from_prune(model) or fxsparse.Masks({n: m for n, m in zeros.items() if m.dim() > 1})
 
 
 def _rows_of_a_group(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -310,11 +323,21 @@ def _load(arguments: argparse.Namespace) -> tuple[nn.Module, fxsparse.Masks | No
         )
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
-    masks = None if arguments.masks is None else fxsparse.read(arguments.masks).masks
+    model, masks = _model_and_masks(arguments)
+    return model.to(arguments.dtype), masks, named.random_inputs(arguments.shapes, arguments.dtype)
+
+
+def _model_and_masks(arguments: argparse.Namespace) -> tuple[nn.Module, fxsparse.Masks | None]:
+    """The model with the weights of --weights or else of --masks, where that is a whole checkpoint."""
+    given = None if arguments.masks is None else fxsparse.read(arguments.masks)
     model = named.load_model(arguments.model)
     if arguments.weights is not None:
         named.load_weights(model, arguments.weights)
-    return model.to(arguments.dtype), masks, named.random_inputs(arguments.shapes, arguments.dtype)
+    elif given is not None and given.weights is not None:
+        named.set_weights(model, given.weights, f"checkpoint {arguments.masks!r}")
+    elif arguments.model.startswith(named.UNTRAINED):
+        print(f"note: the weights of {arguments.model} are random; --weights FILE loads yours", file=sys.stderr)
+    return model, given.masks if given is not None else None
 
 
 def _write_text(path: Path, text: str) -> None:

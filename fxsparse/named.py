@@ -17,8 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fxsparse.errors import InputError, near
+from fxsparse.readers import torch_prune
+from fxsparse.readers.files import are_tensors, unwrapped
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+UNTRAINED = ("torchvision:", "models:")  # sources of models whose weights are random
 MODEL_FORMS = "torchvision:resnet18, models:vgg16_cifar or package.module:callable"
 
 
@@ -44,9 +47,19 @@ def load_model(name: str) -> nn.Module:
 
 
 def load_weights(model: nn.Module, path: str) -> None:
-    """Load a state dict, .safetensors or .pt, into `model`. Raises InputError unless names and shapes all fit."""
+    """Load a state dict, .safetensors or .pt, into `model`. Raises InputError unless names and shapes all fit.
+
+    One inside of a training checkpoint is found; one under torch.nn.utils.prune fits a model that is not, masked.
+    """
     where = f"weights file {path!r}"
     state = _read_state(where, path)
+    if torch_prune.recognizes(state) and not torch_prune.recognizes(model.state_dict()):
+        state = torch_prune.read(state, where).weights or {}
+    set_weights(model, state, where)
+
+
+def set_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """The tensors of `state`, which come from `where`, into `model`. Raises InputError unless all fit."""
     own = model.state_dict()
     missing, unknown = [k for k in own if k not in state], [k for k in state if k not in own]
     if missing or unknown:
@@ -212,7 +225,7 @@ def _read_state(where: str, path: str) -> Mapping[str, Tensor]:
             got=got,
             do="Write one with torch.save(model.state_dict(), path). Files that could run code are not read.",
         ) from error
-    if isinstance(loaded, dict) and loaded and all(isinstance(value, Tensor) for value in loaded.values()):
+    if isinstance(loaded, dict) and are_tensors(loaded := unwrapped(loaded)):
         return loaded
     inner = [k for k, v in loaded.items() if isinstance(v, dict)] if isinstance(loaded, dict) else []
     raise InputError(

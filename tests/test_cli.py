@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils import prune
 
 import fxsparse
 import fxsparse.coarsen
@@ -42,6 +43,9 @@ def number(): return 7
 def broken(): raise ValueError("no weights here.")
 MADE = nn.Linear(4, 2, bias=False)
 SIZES = [1, 2]
+def pruned():
+    from torch.nn.utils import prune
+    return prune.l1_unstructured(tiny(), "weight", 0.5)
 """
 
 
@@ -293,7 +297,7 @@ def test_options_that_do_not_fit_are_refused(
             "got 1 of them missing and 1 unknown ones; the first is 'wieght'.\n  Did you mean",
         ),
         ({"weight": torch.ones(4, 2)}, "'weight': expected shape (2, 4); got (4, 2)"),
-        ({"epoch": 3, "model": {"weight": torch.ones(2, 4)}}, "Save that part alone: torch.save(checkpoint['model']"),
+        ({"epoch": 3, "net": {"weight": torch.ones(2, 4)}}, "Save that part alone: torch.save(checkpoint['net']"),
         ([1, 2], "expected a state dict, tensors by name; got a list"),
         (nn.Linear(4, 2), "got a pickle of something else, or a damaged one"),
     ],
@@ -425,6 +429,46 @@ def test_coarsen_passes_on_the_rows_of_a_group(nets: Path) -> None:
     common = ["coarsen", "nets_here:tiny", "--weights", "weights.safetensors", "--out", "out.safetensors"]
     assert cli.main([*common, "--method", "partition", "--group-rows", "1"]) == 0
     assert fxsparse.Masks.load(nets / "out.safetensors")["weight"].equal(torch.eye(2, 4).bool())
+
+
+def pruned_state() -> dict[str, torch.Tensor]:
+    """Of `nets_here:tiny` under torch.nn.utils.prune."""
+    layer = nn.Linear(4, 2, bias=False)
+    prune.l1_unstructured(layer, "weight", 0.5)
+    return layer.state_dict()
+
+
+@pytest.mark.parametrize("flags", [["--masks", "pruned.pt"], ["--weights", "pruned.pt"], ["--weights", "run.pt"]])
+def test_the_weights_of_a_checkpoint_are_those_that_are_compiled(nets: Path, flags: list[str]) -> None:
+    """Random weights in their place would be compiled, verified and saved without a word."""
+    state = pruned_state()
+    torch.save(state, nets / "pruned.pt")
+    torch.save({"epoch": 3, "state_dict": state}, nets / "run.pt")
+    common = ["--input", "3,4", "--target", "eager", "--no-measure", "--out", "fast.fxsparse"]
+    assert cli.main(["compile", "nets_here:tiny", *flags, *common]) == 0
+    x = torch.randn(3, 4)
+    weight = state["weight_orig"] * state["weight_mask"]
+    torch.testing.assert_close(fxsparse.load(nets / "fast.fxsparse")(x), x @ weight.T)
+
+
+def test_random_weights_are_mentioned(capsys: pytest.CaptureFixture[str], calls: list[dict[str, Any]]) -> None:
+    assert cli.main(["plan", "models:wrn32_2_cifar", "--input", "1,3,32,32"]) == 0
+    assert "the weights of models:wrn32_2_cifar are random" in capsys.readouterr().err
+    assert calls
+
+
+def test_coarsen_takes_the_masks_of_the_model(nets: Path) -> None:
+    common = ["coarsen", "nets_here:pruned", "--method", "partition", "--group-rows", "1", "--out", "out.safetensors"]
+    assert cli.main(common) == 0
+    (mask,) = fxsparse.Masks.load(nets / "out.safetensors").values()
+    assert mask.sum() == 4
+
+
+def test_coarsen_without_masks_is_refused(nets: Path, refused: Callable[..., str]) -> None:
+    assert "expected masks, or zeros in the model's weights; got neither" in refused(
+        *["coarsen", "nets_here:tiny", "--method", "partition", "--out", "none.safetensors"]
+    )
+    assert not (nets / "none.safetensors").exists()
 
 
 def test_coarsen_refuses_what_does_not_fit(nets: Path, refused: Callable[..., str]) -> None:

@@ -39,7 +39,7 @@ def load(path: str | os.PathLike[str]) -> Mapping[str, object]:
         ) from None  # fmt: skip
     if not isinstance(found, Mapping) or not found or not all(isinstance(key, str) for key in found):
         raise MaskError(where, expected="tensors by name", got=f"a {type(found).__name__} without names", do=_KEEP)
-    return _unwrapped(found)
+    return unwrapped(found)
 
 
 def _file(path: Path) -> object:
@@ -65,7 +65,8 @@ def _folder(path: Path, where: str) -> dict[str, Tensor]:
     return found
 
 
-def _unwrapped(found: Mapping[str, object]) -> Mapping[str, object]:
+def unwrapped(found: Mapping[str, object]) -> Mapping[str, object]:
+    """The state dict inside of a training checkpoint; `found` itself where there is none, or more than one."""
     inside = [found[key] for key in _WRAPPERS if are_tensors(found.get(key))]
     only: object = inside[0] if len(inside) == 1 else None
     return only if are_tensors(only) else found
