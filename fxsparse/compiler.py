@@ -20,7 +20,7 @@ from fxsparse.arguments import check_cache_dir, checked_inputs, checked_model
 from fxsparse.backend import Target, find_target
 from fxsparse.contest import Contest, contest
 from fxsparse.errors import InputError, TargetError, near
-from fxsparse.explain import Layer, layers_of, parameters_after, rows_of, with_formats
+from fxsparse.explain import Layer, layers_of, parameters_after, rows_of, with_formats, without_a_row
 from fxsparse.formats import FORMATS
 from fxsparse.ir.capture import capture, masked_output
 from fxsparse.ir.decision import Plan
@@ -191,7 +191,13 @@ def _capture(model: nn.Module, masks: Masks, inputs: tuple[Any, ...], options: O
         return masked_output(model, masks, pytree.tree_unflatten(leaves, in_spec))
 
     parameters = sum(p.numel() for p in model.parameters())
-    return Captured(gm, leaves, own, masks or Masks.from_zeros(model), parameters)
+    return Captured(gm, leaves, own, masks or _found_in(model), parameters)
+
+
+def _found_in(model: nn.Module) -> Masks:
+    """Masks that nobody gave: of torch.nn.utils.prune, by the weights' own names, or the zeros."""
+    pruned = {name.removesuffix("_orig"): mask for name, mask in Masks.from_prune(model).items()}
+    return Masks({**Masks.from_zeros(model), **pruned})
 
 
 def _rewrite(captured: Captured, options: Options) -> _Rewritten:
@@ -222,6 +228,7 @@ def _rewrite(captured: Captured, options: Options) -> _Rewritten:
     times.save()
     chose = any(d.step == "choose_formats" for d in stored.accepted)
     other = _Rewritten(captured, dense, shrunk, plan, rows, ref) if shrunk is not None and chose else None
+    plan = plan + without_a_row(dense, rows, captured.masks)
     return _Rewritten(captured, dense, gm, plan + stored, with_formats(rows, layers, stored), ref, other)
 
 
@@ -325,8 +332,8 @@ def _checked(target: str, formats: str, verify: str) -> Target:
                              got=type(value).__name__ if not isinstance(value, str) else repr(value),
                              do=near(str(value), known) or f"Leave {name} at its default.")  # fmt: skip
     if not isinstance(target, str):
-        raise TargetError(f"target {target!r}", expected="the name of a target", got=type(target).__name__,
-                          do="Pass target='inductor', the default.")  # fmt: skip
+        raise TargetError(f"target {repr(target)[:40]}", expected="the name of a target", got=type(target).__name__,
+                          do="Pass target='inductor', the default. Inputs go by name: example_inputs=(x,).")  # fmt: skip
     return find_target(target)
 
 

@@ -12,11 +12,13 @@ import torch
 from torch import fx
 
 from fxsparse.analysis.reasons import BLOCKERS, columns_kept, is_layer, rows_kept
-from fxsparse.ir.decision import Plan
+from fxsparse.ir.decision import Decision, Plan
 from fxsparse.ir.facts import Facts
 from fxsparse.ir.graph import arg, call_nodes, concrete, get_tensor, operator_name, owner
 from fxsparse.ir.layout import Layout
+from fxsparse.ir.masks import Masks
 from fxsparse.passes import Context
+from fxsparse.passes.choose_formats import NO_ZEROS
 from fxsparse.report import Row
 
 
@@ -64,8 +66,29 @@ def rows_of(gm: fx.GraphModule, layers: Iterable[Layer], ctx: Context, plan: Pla
 def with_formats(rows: Iterable[Row], layers: Iterable[Layer], plan: Plan) -> list[Row]:
     """The rows with what `choose_formats` decided: stored and multiplied are then whole blocks only."""
     chosen = {d.data["node"]: d.data for d in plan.accepted if d.step == "choose_formats"}
-    return [_stored(row, layer, chosen[layer.node]) if layer.node in chosen else row
-            for row, layer in zip(rows, layers, strict=True)]  # fmt: skip
+    refused = {d.where: d.why for d in reversed(plan.refused) if d.step == "choose_formats" and d.why != NO_ZEROS}
+    return [
+        _stored(row, layer, chosen[layer.node]) if layer.node in chosen
+        else dataclasses.replace(row, dense_for=refused.get(_stored_name(layer), ""))
+        for row, layer in zip(rows, layers, strict=True)
+    ]  # fmt: skip
+
+
+def _stored_name(layer: Layer) -> str:
+    """Of its weight, once the passes ran; that of before where nothing is left of it."""
+    weight = layer.node.args[1] if len(layer.node.args) > 1 else None
+    return str(weight.target) if isinstance(weight, fx.Node) else layer.name
+
+
+def without_a_row(gm: fx.GraphModule, rows: Iterable[Row], masks: Masks) -> Plan:
+    """Masked weights that no row speaks of, since no convolution or linear reads them as they are."""
+    named = {row.name for row in rows}
+    readers = {str(n.target): operator_name(next(iter(n.users))) for n in gm.graph.nodes if n.op == "get_attr"}
+    return Plan(tuple(
+        Decision("shrink_channels", name, "use its mask", f"{readers[name]} is no layer that gets faster by it", False)
+        for name, mask in masks.items()
+        if mask.dim() > 1 and name in readers and name not in named and not bool(mask.all())
+    ))  # fmt: skip
 
 
 def _stored(row: Row, layer: Layer, data: Mapping[str, Any]) -> Row:

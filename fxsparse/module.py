@@ -92,6 +92,8 @@ class SparseModule(nn.Module):
             if self._make is not None:
                 self._build = self._make(example_inputs)
                 self._make = None  # lets go of the user's model
+        build = self._built("prepare")
+        _check_inputs(build, self._leaves(build, example_inputs))
         return self
 
     @property
@@ -133,6 +135,22 @@ class SparseModule(nn.Module):
             raise InputError("train() of a SparseModule", expected="evaluation mode", got="training mode",
                              do="Train the original model under its masks, then compile it again.")  # fmt: skip
         return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseModule:
+        """For .to(), .half() and their like, on it or on a module around it. InputError where they ask for a change."""
+        build = self._built("a conversion")
+        for x in (x for x in build.example if isinstance(x, Tensor)):
+            new = fn(x.new_empty(0))
+            if (new.dtype, new.device) != (x.dtype, x.device):
+                raise InputError("conversion of a SparseModule", expected=f"{x.dtype} on {x.device}, as compiled",
+                                 got=f"{new.dtype} on {new.device}",
+                                 do="Convert the original model and its inputs, then compile it.")  # fmt: skip
+        return self
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises InputError: its weights are part of the code."""
+        raise InputError("load_state_dict of a SparseModule", expected="none", got="a state dict",
+                         do="Load it into the original model, then compile that.")  # fmt: skip
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseModule:
         """A module of its own that shares the compiled code, which nothing changes."""

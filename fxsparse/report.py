@@ -33,6 +33,7 @@ class Row:
     *_us          this layer alone; None when it was not timed
     kept_rows     indices that stay, for the pictures; None when not recorded
     stored        "dense", or the sparse format that was chosen; params_after and macs_after then count its blocks
+    dense_for     why a weight that has zeros is stored dense all the same; empty for all others
     """
 
     name: str
@@ -53,12 +54,13 @@ class Row:
     kept_rows: tuple[int, ...] | None = None
     kept_columns: tuple[int, ...] | None = None
     stored: str = "dense"
+    dense_for: str = ""
 
     @property
     def untouched(self) -> bool:
         """Nothing was removed, nothing dead was kept and nothing stood in the way."""
         removed = self.rows_removed or self.columns_removed or self.params_after != self.params_before
-        return not (removed or self.kept_for or self.blocked_by)
+        return not (removed or self.kept_for or self.blocked_by or self.dense_for)
 
 
 @dataclass(frozen=True)
@@ -257,6 +259,8 @@ def _weights(rows: Sequence[Row]) -> str:
             f"{'and ' if shown else ''}{len(collapsed)} weights with nothing to remove and nothing in the way "
             f"(density {low:.2f} to {high:.2f}, {count(sum(row.params_after for row in collapsed))} parameters)"
         )
+    if rows and all(row.density == 1 and row.untouched for row in rows):
+        parts.append("No weight of a convolution or linear layer is masked: there is nothing to make faster.")
     return "\n".join(parts)
 
 
@@ -279,8 +283,9 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[str]]:
     columns = {header: cells for header, cells in columns.items() if any(cells)}
     width = max(20, _WIDTH - sum(_cell_width([header, *cells]) + 2 for header, cells in columns.items()))
     kept, blocked = any(row.kept_for for row in rows), any(row.blocked_by for row in rows)
-    if kept or blocked:
-        header = " / ".join(["kept for"] * kept + ["blocked by"] * blocked)
+    dense = any(row.dense_for for row in rows)
+    if kept or blocked or dense:
+        header = " / ".join(["kept for"] * kept + ["blocked by"] * blocked + ["stored dense for"] * dense)
         columns[header] = [_why(row, width, lines) for row in rows]
     return columns
 
@@ -290,16 +295,21 @@ def _why(row: Row, width: int, lines: int) -> str:
     full = [line for item in _reasons_of(row) for line in textwrap.wrap(item, width, subsequent_indent=" ")]
     if len(full) <= lines:
         return "\n".join(full)
-    return "\n".join(textwrap.wrap(", ".join(map(_in_brief, _reasons_of(row))), width))
+    return "\n".join(textwrap.wrap(", ".join(_in_brief(_reasons_of(row))), width))
 
 
 def _reasons_of(row: Row) -> list[str]:
-    return [*row.kept_for, *([f"blocked by {row.blocked_by}"] if row.blocked_by else [])]
+    blocked = [f"blocked by {row.blocked_by}"] if row.blocked_by else []
+    return [*row.kept_for, *blocked, *([f"dense: {row.dense_for}"] if row.dense_for else [])]
 
 
-def _in_brief(reason: str) -> str:
-    """`coupled with layer1.0.conv2 by add (3 rows)` is `coupled (3 rows)`."""
-    return re.sub(r"^(\w+) .*(\(.*\))$", r"\1 \2", reason)
+def _in_brief(reasons: Iterable[str]) -> list[str]:
+    """`coupled with layer1.0.conv2 by add (3 rows)` is `coupled (3 rows)`; those alike are added up."""
+    numbers: Counter[tuple[str, str]] = Counter()
+    for reason in reasons:
+        found = re.fullmatch(r"(.+?)(?:(?: with |: ).*)? \((\d+) (row|column)s?\)", reason)
+        numbers[(found[1], found[3]) if found else (reason, "")] += int(found[2]) if found else 1
+    return [f"{text} ({n} {kind}{'s' * (n != 1)})" if kind else text for (text, kind), n in numbers.items()]
 
 
 def short_names(names: Sequence[str], width: int) -> list[str]:

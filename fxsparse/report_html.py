@@ -283,7 +283,8 @@ def _name(row: Row) -> str:
 
 def _why(row: Row) -> str:
     lines = [f"kept: {escape(text)}" for text in row.kept_for]
-    return "<br>".join(lines + ([f"blocked by <code>{escape(row.blocked_by)}</code>"] if row.blocked_by else []))
+    lines += [f"blocked by <code>{escape(row.blocked_by)}</code>"] if row.blocked_by else []
+    return "<br>".join(lines + ([f"dense: {escape(row.dense_for)}"] if row.dense_for else []))
 
 
 def _shape(row: Row) -> str:

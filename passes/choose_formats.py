@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from fxsparse.analysis.reasons import is_layer
 from fxsparse.formats import FORMATS, Format
+from fxsparse.formats.format import Packed
 from fxsparse.ir.decision import Decision
 from fxsparse.ir.graph import get_tensor
 from fxsparse.passes.context import Context
@@ -23,14 +24,14 @@ from fxsparse.passes.context import Context
 # sparsity ended up slower than dense: that row is in tools/rows.
 FASTER = 0.87
 MODELLED = 0.85  # of the dense work, where nothing is timed
+NO_ZEROS = "the weight has no zeros"
 FORMAT, GROUPS = "fxsparse_format", "fxsparse_row_groups"  # keys of node.meta
 
 
 def plan(gm: fx.GraphModule, ctx: Context) -> list[Decision]:
     """One decision per layer and format that could store it."""
     layers = [n for n in gm.graph.nodes if n.op == "call_function" and is_layer(n) and FORMAT not in n.meta]
-    found = (_best([_decide(gm, node, FORMATS[name], ctx) for name in ctx.formats]) for node in layers)
-    return [decision for of_layer in found for decision in of_layer]
+    return [decision for node in layers for decision in _best(_of_layer(gm, node, ctx))]
 
 
 def apply(gm: fx.GraphModule, decision: Decision) -> None:
@@ -51,6 +52,15 @@ def _best(decisions: Sequence[Decision]) -> list[Decision]:
             for d in decisions]  # fmt: skip
 
 
+def _of_layer(gm: fx.GraphModule, node: fx.Node, ctx: Context) -> list[Decision]:
+    """One decision for each format that is for such layers; one alone where none is, or where nothing is sparse."""
+    name = str(cast(fx.Node, node.args[1]).target)
+    if not ctx.force_formats and bool(get_tensor(gm, name).all()):
+        return [Decision("choose_formats", name, "store in a sparse format", NO_ZEROS, False)] if ctx.formats else []
+    formats = [FORMATS[name] for name in ctx.formats]
+    return [_decide(gm, node, f, ctx) for f in [f for f in formats if node.target in f.layers] or formats[:1]]
+
+
 def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Decision:
     name = str(cast(fx.Node, node.args[1]).target)
     what = f"store as {fmt.name}"
@@ -65,7 +75,7 @@ def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Dec
         return Decision("choose_formats", name, what, f"{share:.0%} of the dense layer's work", False)
     data = {"node": node, "format": fmt.name, "groups": groups, "packed": packed, "share": share}
     if ctx.time_format is None or ctx.time_layer is None or ctx.force_formats:
-        why = "" if ctx.force_formats else fmt.why_not_untimed(node)
+        why = "" if ctx.force_formats else fmt.why_not_untimed(node) or _too_large(packed, weight, ctx)
         accepted = (share < MODELLED and not why) or ctx.force_formats
         return Decision("choose_formats", name, what, why or f"{share:.0%} of the work, not timed", accepted, data)
     dense_us = ctx.time_layer(node, *_widths(weight)) * 1e6
@@ -74,6 +84,12 @@ def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Dec
     why = f"{share:.0%} of the work: {sparse_us:.0f} us, dense {dense_us:.0f} us"
     data |= {"dense_us": dense_us, "sparse_us": sparse_us}
     return Decision("choose_formats", name, what, why, faster, data)
+
+
+def _too_large(packed: Packed, weight: Tensor, ctx: Context) -> str:
+    """Half registers do half of the work and are stored whole."""
+    larger = not ctx.standard_operators and packed.nse >= weight.numel()
+    return f"it would store {packed.nse / weight.numel():.0%} of the weight, not timed" if larger else ""
 
 
 def _widths(weight: Tensor) -> tuple[int, int]:

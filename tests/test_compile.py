@@ -1,10 +1,12 @@
 """compile() and plan() as a user meets them: the model stays as it was, the result is right for every call."""
 
 import copy
+import dataclasses
 import io
 import json
 import pickle
 import random
+import re
 import sys
 import threading
 from collections.abc import Callable, Mapping
@@ -467,7 +469,8 @@ def test_the_callers_default_dtype_and_device_are_no_part_of_the_result(target: 
         fast = build(model, masks, x, target=target)
         agree(fast(x), zeroed(model, masks)(x))
         with torch.device("meta"):  # whatever is made without a device has no data
-            assert build(model, masks, x, target=target, formats="dense").report.rows == fast.report.rows
+            rows = build(model, masks, x, target=target, formats="dense").report.rows
+        assert rows == tuple(dataclasses.replace(row, dense_for="") for row in fast.report.rows)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -492,13 +495,38 @@ def test_results_carry_no_gradients() -> None:
     assert not build(Net(), None, images())(x).requires_grad
 
 
-def test_the_state_dict_is_empty_and_conversions_do_nothing() -> None:
+def test_the_state_dict_is_empty_and_conversions_to_what_it_is_do_nothing() -> None:
     fast, x = build(Net(), None, images()), images()
     assert fast.state_dict() == {}
     assert list(fast.parameters()) == []
     before = fast(x)
-    fast.load_state_dict({})
-    assert torch.equal(fast.double().half()(x), before)
+    around = nn.Sequential(fast).float().cpu().to(torch.float32).eval()
+    assert torch.equal(around(x), before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.half(),
+        lambda m: nn.Sequential(m).to(torch.bfloat16),
+        lambda m: m.to("meta"),
+        lambda m: m.load_state_dict({}, strict=False),
+        lambda m: m.prepare((images(side=9),)),
+    ],
+)
+def test_what_would_change_nothing_is_refused(change: Callable[[SparseModule], Any]) -> None:
+    fast, x = build(Net(), None, images()), images()
+    before = fast(x)
+    with pytest.raises(InputError, match=r"[Cc]ompile"):
+        change(fast)
+    assert torch.equal(fast(x), before)
+
+
+def test_inputs_that_are_given_in_the_place_of_the_target_are_pointed_out() -> None:
+    x = images()
+    with pytest.raises(fxsparse.TargetError, match=r"got tuple.*\n.*example_inputs=\(x,\)") as error:
+        fxsparse.compile(Net(), None, (x,))  # type: ignore[arg-type]
+    assert len(str(error.value)) < 200
 
 
 @pytest.mark.parametrize("target", ["eager", "inductor"])
@@ -795,3 +823,41 @@ def test_builds_that_lost_and_modules_that_are_gone_leave_no_weights_behind() ->
     with torch.no_grad():
         assert fast(images(3)).shape[0] == 3  # any batch size: a build of its own
     assert held() == before
+
+
+def test_a_masked_weight_that_is_no_layer_s_is_named() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.linear = nn.Embedding(50, 16), nn.Linear(16, 4)
+
+        def forward(self, words: Tensor) -> Any:
+            return self.linear(self.table(words))
+
+    mask = torch.ones(50, 16, dtype=torch.bool)
+    mask[::2] = False
+    report = fxsparse.plan(Words().eval(), {"table.weight": mask}, (torch.randint(0, 50, (2, 5)),))
+    (named,) = [d for d in report.decisions if d.where == "table.weight"]
+    assert not named.accepted
+    assert named.why == "embedding is no layer that gets faster by it"
+
+
+def test_a_pruned_weight_that_is_no_layer_s_is_named_and_masks_of_prune_are_in_the_report() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), nn.ConvTranspose2d(8, 4, 3)).eval()
+    for i in (0, 2):
+        prune.l1_unstructured(model[i], "weight", 0.5)
+    report = fxsparse.plan(model, None, (images(),))
+    assert any(d.where == "2.weight" and not d.accepted for d in report.decisions)
+    assert report.masks is not None
+    assert {"0.weight", "2.weight"} <= set(report.masks)
+
+
+def test_untimed_a_format_that_stores_more_than_the_weight_is_not_chosen() -> None:
+    """Groups of up to 8 rows do half of the work, and are stored in whole registers."""
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 1)).eval()
+    mask = torch.rand(32, 3, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.2
+    report = fxsparse.plan(model, {"0.weight": mask}, (torch.randn(1, 3, 8, 8),))
+    row = report.rows[0]
+    assert row.stored == "dense"
+    assert re.fullmatch(r"it would store \d+% of the weight, not timed", row.dense_for)
+    assert report.macs_after <= report.macs_before

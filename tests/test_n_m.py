@@ -329,6 +329,9 @@ def test_a_layer_that_is_not_two_four_says_why() -> None:
         lambda m, x: m["odd"](m["full"](m["conv"](x).flatten(1))),
         conv=nn.Conv2d(4, 8, 1), full=nn.Linear(32, 6), odd=nn.Linear(6, 5),
     )  # fmt: skip
+    with torch.no_grad():
+        for layer in model.layers.values():
+            layer.weight.view(-1)[0] = 0
     _, found = decided(model, torch.randn(1, 4, 2, 2), Context(formats=("n_m",)))
     assert [d.why for d in found.values()] == [
         "only linear layers have this kernel",

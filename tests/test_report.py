@@ -21,7 +21,7 @@ from fxsparse.errors import InputError
 from fxsparse.ir.decision import Decision
 from fxsparse.ir.masks import Masks
 from fxsparse.picture import picture, png
-from fxsparse.report import Report, Row, Timing, count, duration, percent, reasons, shape_change, short_names
+from fxsparse.report import Report, Row, Timing, _in_brief, count, duration, percent, reasons, shape_change, short_names
 from fxsparse.report_html import page
 
 BLUE, ORANGE = (37, 106, 210), (226, 106, 46)
@@ -562,3 +562,29 @@ def test_a_path_through_a_file_is_refused_with_the_way_out(below: str, tmp_path:
     with pytest.raises(InputError, match="expected a file in a folder; got a path through a file") as caught:
         a_report().to_html(path)
     assert f"Something on the way to {str(path.parent)!r} is a file. Choose another folder." in str(caught.value)
+
+
+def test_a_weight_with_zeros_that_stays_dense_has_a_row_with_the_reason() -> None:
+    rows = [a_row(f"block.{i}.weight", density=1.0) for i in range(12)]
+    sparse = a_row("late.weight", density=0.2, dense_for="it would store 146% of the weight")
+    text = str(a_report(rows=(*rows, sparse)))
+    assert "12 weights with nothing to remove and nothing in the way (density 1.00 to 1.00" in text
+    (line,) = [line for line in text.split("\n") if line.startswith("late")]
+    assert line.endswith("dense: it would store 146% of the weight")
+    assert "dense: it would store 146% of the weight" in page(a_report(rows=(sparse,)))
+
+
+def test_a_model_without_masks_is_told_so() -> None:
+    sentence = "No weight of a convolution or linear layer is masked"
+    assert sentence in str(a_report(rows=(a_row(density=1.0),)))
+    assert sentence not in str(a_report(rows=(a_row(density=1.0), a_row("other.weight", density=0.5))))
+
+
+def test_brief_reasons_keep_their_words_and_are_added_up() -> None:
+    found = _in_brief([
+        "coupled with layer1.0.conv2 by add (3 rows)", "coupled with layer1.1.conv2 by add (1 row)",
+        "other readers of its input need them (6 columns)", "grouped convolution f.2: a group stays whole (1 row)",
+        "blocked by embedding",
+    ])  # fmt: skip
+    assert found == ["coupled (4 rows)", "other readers of its input need them (6 columns)",
+                     "grouped convolution f.2 (1 row)", "blocked by embedding"]  # fmt: skip

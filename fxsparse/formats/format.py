@@ -41,10 +41,12 @@ class Standard(NamedTuple):
 class Format:
     """Subclasses live one to a file and are found there.
 
+    layers    the operators that it is for
     operator  the format's own operator, that `lower` puts into a graph; None when it needs none
     """
 
     name: str
+    layers: tuple[torch._ops.OpOverload, ...]
     operator: torch._ops.OpOverload | None = None
     reads_in_order: bool = False  # whether it depends on which columns are neighbors: then they are not renumbered
 

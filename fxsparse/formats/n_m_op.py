@@ -87,11 +87,12 @@ class NMFormat(Format):
     """Linear layers, 2:4 or sparser, where reading the weights is what takes the time."""
 
     name = "n_m"
+    layers = (aten.linear.default,)
     operator = n_m
     reads_in_order = True
 
     def why_not(self, node: fx.Node, weight: Tensor) -> str:
-        if node.target is not aten.linear.default:
+        if node.target not in self.layers:
             return "only linear layers have this kernel"
         if weight.dim() != 2 or not weight.numel():
             return f"the weight has shape {tuple(weight.shape)}"

@@ -169,6 +169,7 @@ class ShuffledBlockFormat(Format):
     """conv2d without groups, and linear, in float32 and bfloat16."""
 
     name = "shuffled_block"
+    layers = (aten.conv2d.default, aten.linear.default)
     operator = shuffled_block
 
     def why_not(self, node: fx.Node, weight: Tensor) -> str:
@@ -178,7 +179,7 @@ class ShuffledBlockFormat(Format):
         return why
 
     def why_not_standard(self, node: fx.Node, weight: Tensor) -> str:
-        if node.target not in (aten.conv2d.default, aten.linear.default):
+        if node.target not in self.layers:
             return "only conv2d and linear have this kernel"
         if node.target is aten.conv2d.default and arg(node, "groups") != 1:
             return "a grouped convolution has no columns to choose from"
