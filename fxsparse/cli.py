@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -62,10 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = _parser().parse_args(argv)
         arguments.run(arguments)
+        sys.stdout.flush()
     except VerificationError as error:
         return _fail(error, 1)
     except FxSparseError as error:
         return _fail(error, 2)
+    except BrokenPipeError:  # `fxsparse plan ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left to be written at exit
+        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -205,6 +210,9 @@ def _bench(arguments: argparse.Namespace) -> None:
     if Path(arguments.model).is_file():
         _bench_package(arguments)
         return
+    if Path(arguments.model).suffix == ".fxsparse":
+        raise InputError(f"package {arguments.model!r}", expected="a file that --out wrote", got="no such file",
+                         do="fxsparse compile ... --out fast.fxsparse writes one.")  # fmt: skip
     report = _build(arguments, measure=True).report
     common = {
         "model": arguments.model,
@@ -218,6 +226,11 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 
 def _bench_package(arguments: argparse.Namespace) -> None:
+    given = {"--input": arguments.shapes, "--masks": arguments.masks, "--weights": arguments.weights,
+             "--dtype": arguments.dtype != torch.float32, "--target": arguments.target != "inductor"}  # fmt: skip
+    for flag in [flag for flag, value in given.items() if value]:
+        raise InputError(f"{flag} of bench", expected="none with a package", got="one",
+                         do="A package is timed as it was compiled: compile it anew for other inputs.")  # fmt: skip
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     with progress():
@@ -295,8 +308,8 @@ def _pattern_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _pattern(text: str) -> tuple[int, int]:
-    n, colon, m = text.partition(":")
-    if not colon:
+    n, _, m = text.partition(":")
+    if text.count(":") != 1:
         raise InputError("--pattern", expected="N:M", got=repr(text), do="For example: --pattern 2:4")
     return _whole_number("--pattern", n, least=1), _whole_number("--pattern", m, least=2)
 

@@ -333,7 +333,7 @@ def _checked(target: str, formats: str, verify: str) -> Target:
                              do=near(str(value), known) or f"Leave {name} at its default.")  # fmt: skip
     if not isinstance(target, str):
         raise TargetError(f"target {repr(target)[:40]}", expected="the name of a target", got=type(target).__name__,
-                          do="Pass target='inductor', the default. Inputs go by name: example_inputs=(x,).")  # fmt: skip
+                          do="Pass target='inductor', the default; inputs by name: example_inputs=(x,).")  # fmt: skip
     return find_target(target)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -479,3 +480,23 @@ def test_coarsen_refuses_what_does_not_fit(nets: Path, refused: Callable[..., st
     )
     assert "--group-rows: expected a whole number" in refused(*common, "partition", "--group-rows", "0")
     assert not (nets / "out.safetensors").exists()
+
+
+def test_options_that_a_package_cannot_take_are_refused(nets: Path, refused: Callable[..., str]) -> None:
+    model = nn.Linear(4, 2, bias=False).eval()
+    fast = fxsparse.compile(model, target="eager", measure=False, example_inputs=(torch.randn(3, 4),))
+    fast.save(nets / "fast.fxsparse")
+    for flags in (["--input", "8,4"], ["--dtype", "bfloat16"], ["--masks", "m.pt"], ["--target", "onnx"]):
+        assert f"{flags[0]} of bench: expected none with a package" in refused("bench", "fast.fxsparse", *flags)
+    assert "no such file" in refused("bench", "missing.fxsparse")
+
+
+def test_a_reader_that_leaves_is_no_error(nets: Path) -> None:
+    command = [sys.executable, "-c", "import sys; from fxsparse import cli; sys.exit(cli.main())"]
+    command += ["plan", "nets_here:tiny", "--input", "3,4", "--target", "eager"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == 0
