@@ -23,6 +23,7 @@ import fxsparse
 from fxsparse import named
 from fxsparse.backend import TARGETS
 from fxsparse.coarsen import Coarsened, n_m, partition, refill, refill_plus, regroup, shuffled_block
+from fxsparse.coarsen.given import excluded_masks
 from fxsparse.coarsen.page import page
 from fxsparse.contest import timings
 from fxsparse.errors import FxSparseError, InputError, VerificationError, near
@@ -151,7 +152,7 @@ def _add_coarsen_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--exclude", metavar="NAME", action="append", default=[],
-        help="of n_m: a module or parameter to leave as it is; may be given again",
+        help="a module or parameter whose mask is to stay as it is; may be given again",
     )  # fmt: skip
     parser.add_argument("--html", metavar="FILE", type=_output_file, help="write a page with pictures of the masks")
 
@@ -269,9 +270,12 @@ def _coarsen(arguments: argparse.Namespace) -> None:
         if not masks:
             raise InputError("--masks", expected="masks, or zeros in the model's weights", got="neither",
                              do="Pass --masks FILE, or --weights FILE with the pruned weights.")  # fmt: skip
+        aside = excluded_masks(masks, arguments.exclude) if arguments.method != "n_m" else set()
+        kept = {name: mask for name, mask in masks.items() if name in aside}
+        masks = fxsparse.Masks({name: mask for name, mask in masks.items() if name not in aside})
         found = method(dict(model.named_parameters()), masks, **options)
     print(found)
-    found.masks.save(arguments.out)
+    fxsparse.Masks({**found.masks, **kept}).save(arguments.out)
     if arguments.html is not None:
         text = page(found, masks, f"fxsparse coarsen: {arguments.model}, {arguments.method}", _draw)
         _write_text(arguments.html, text)
@@ -296,13 +300,11 @@ def _rows_of_a_group(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _pattern_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    given = {"--pattern": arguments.pattern, "--exclude": arguments.exclude}
-    flags = [flag for flag, value in given.items() if value]
     if arguments.method == "n_m":
         n, m = arguments.pattern or (2, 4)
         return {"n": n, "m": m, "exclude": arguments.exclude}
-    if flags:
-        raise InputError(flags[0], expected="it with n_m", got=f"it with {arguments.method}",
+    if arguments.pattern:
+        raise InputError("--pattern", expected="it with n_m", got=f"it with {arguments.method}",
                          do="Leave it out: the other methods keep row groups.")  # fmt: skip
     return {}
 

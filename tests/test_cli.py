@@ -44,6 +44,7 @@ def number(): return 7
 def broken(): raise ValueError("no weights here.")
 MADE = nn.Linear(4, 2, bias=False)
 SIZES = [1, 2]
+def two(): return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
 def pruned():
     from torch.nn.utils import prune
     return prune.l1_unstructured(tiny(), "weight", 0.5)
@@ -500,3 +501,14 @@ def test_a_reader_that_leaves_is_no_error(nets: Path) -> None:
         process.stdout.close()
         assert "Traceback" not in process.stderr.read()
     assert process.returncode == 0
+
+
+def test_coarsen_leaves_an_excluded_mask_as_it_is(nets: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    given = {name: torch.rand(16, 16, generator=generator) < 0.3 for name in ("0.weight", "2.weight")}
+    fxsparse.Masks(given).save(nets / "in.safetensors")
+    common = ["--masks", "in.safetensors", "--method", "partition", "--group-rows", "4", "--out", "out.safetensors"]
+    assert cli.main(["coarsen", "nets_here:two", *common, "--exclude", "2"]) == 0
+    found = fxsparse.Masks.load(nets / "out.safetensors")
+    assert found["2.weight"].equal(given["2.weight"])
+    assert not found["0.weight"].equal(given["0.weight"])

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -55,7 +56,7 @@ class Inductor(Target):
         module = with_memory(flat(gm))
         fake = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
         patches = {"config_patches": options(gm)}
-        with torch.no_grad(), _not_kept(), tracing(TracingContext(fake_mode(module))):
+        with torch.no_grad(), _not_kept(), _no_word_of_saving(), tracing(TracingContext(fake_mode(module))):
             return cast(
                 Runnable,
                 torch._inductor.standalone_compile(
@@ -78,6 +79,17 @@ def _not_kept() -> Iterator[None]:
         if any(isinstance(value, Tensor) for value in vars(module).values()):
             PyCodeCache.modules.remove(module)
             sys.modules.pop(module.__name__, None)
+
+
+@contextlib.contextmanager
+def _no_word_of_saving() -> Iterator[None]:
+    """torch warns that what it built for any size cannot be saved; a SparseModule is saved as its graph."""
+    logger = logging.getLogger("torch._inductor.standalone_compile")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def with_memory(gm: fx.GraphModule) -> fx.GraphModule:

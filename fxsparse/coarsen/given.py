@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -80,3 +80,16 @@ def check_density(density: Density, masks: Masks) -> None:
                 got=repr(value),
                 do="density = 1 - sparsity; leave it out to keep as many weights as the mask does.",
             )
+
+
+def excluded_masks(masks: Masks, exclude: Iterable[str]) -> set[str]:
+    """The masks that `exclude` names: itself, or everything inside of the module of that name. MaskError for none."""
+    named: set[str] = set()
+    for given in (exclude,) if isinstance(exclude, str) else exclude:
+        inside = {name for name in masks if name == given or name.startswith(f"{given}.")}
+        if not inside:
+            raise MaskError(f"exclude {given!r}", expected="the name of a mask, or of a module with masks",
+                            got=f"a name that none of the {len(masks)} masks has",
+                            do=near(given, masks) or "Leave it out: what has no mask stays as it is.")  # fmt: skip
+        named |= inside
+    return named

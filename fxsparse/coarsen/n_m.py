@@ -12,9 +12,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from fxsparse.coarsen.given import layers_of
+from fxsparse.coarsen.given import excluded_masks, layers_of
 from fxsparse.coarsen.report import Coarsened, describe
-from fxsparse.errors import MaskError, near
 from fxsparse.formats.n_m import check_pattern
 from fxsparse.ir.masks import Masks
 
@@ -43,7 +42,7 @@ def n_m(
     """
     check_pattern(n, m)
     given = Masks(masks)
-    excluded = _excluded(given, exclude)
+    excluded = excluded_masks(given, exclude)
     found: dict[str, Tensor] = dict(given)
     layers = []
     for name, weight, mask in layers_of(weights, given):
@@ -65,16 +64,3 @@ def _largest(weight: Tensor, mask: Tensor, n: int, m: int) -> Tensor:
     order = size.sort(dim=2, descending=True, stable=True).indices.narrow(2, 0, n)
     kept = torch.zeros_like(size, dtype=torch.bool).scatter_(2, order, True)
     return kept.flatten(1, 2) & mask
-
-
-def _excluded(masks: Masks, exclude: Iterable[str]) -> set[str]:
-    """The masks that `exclude` names: itself, or everything inside of the module of that name."""
-    named: set[str] = set()
-    for given in (exclude,) if isinstance(exclude, str) else exclude:
-        inside = {name for name in masks if name == given or name.startswith(f"{given}.")}
-        if not inside:
-            raise MaskError(f"exclude {given!r}", expected="the name of a mask, or of a module with masks",
-                            got=f"a name that none of the {len(masks)} masks has",
-                            do=near(given, masks) or "Leave it out: what has no mask stays as it is.")  # fmt: skip
-        named |= inside
-    return named
