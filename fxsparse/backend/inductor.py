@@ -83,7 +83,7 @@ def _not_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_word_of_saving() -> Iterator[None]:
-    """torch warns that what it built for any size cannot be saved; a SparseModule is saved as its graph."""
+    """Torch warns that what it built for any size cannot be saved; a SparseModule is saved as its graph."""
     logger = logging.getLogger("torch._inductor.standalone_compile")
     before, logger.disabled = logger.disabled, True
     try:
