@@ -138,8 +138,8 @@ class SparseModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseModule:
         """For .to(), .half() and their like, on it or on a module around it. InputError where they ask for a change."""
-        build = self._built("a conversion")
-        for x in (x for x in build.example if isinstance(x, Tensor)):
+        example = self._build.example if self._build is not None else ()  # later inputs say what it is to be
+        for x in (x for x in example if isinstance(x, Tensor)):
             new = fn(x.new_empty(0))
             if (new.dtype, new.device) != (x.dtype, x.device):
                 raise InputError("conversion of a SparseModule", expected=f"{x.dtype} on {x.device}, as compiled",

@@ -751,3 +751,23 @@ def test_sizes_and_values_that_depend_on_data_leave_the_graph_dense(caplog: pyte
         for model in (Times(lambda y, k: y.nonzero()).eval(), Times(lambda y, k: y * k.sum().item()).eval()):
             agree(torch.compile(model, backend="fxsparse", options=QUICK)(x, x), model(x, x))
     assert caplog.text.count("depends on the data") == 2
+
+
+class Counting(nn.Module):
+    """All that its graph reads, but for the input, is state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale
+
+
+def test_a_graph_whose_only_weight_turns_out_to_be_state() -> None:
+    model, x = Counting().eval(), torch.randn(2, 16)
+    compiled = torch.compile(model, backend="fxsparse", options=QUICK)
+    for _ in range(4):
+        with torch.no_grad():
+            agree(compiled(x), model(x))
+            model.scale.add_(1)

@@ -156,8 +156,8 @@ class Graph:
 
 def _taker(indices: Iterable[int]) -> Callable[[Sequence[Any]], Sequence[Any]]:
     """What picks these of a call's arguments, as fast as Python can."""
-    first, *rest = indices
-    return operator.itemgetter(first, *rest) if rest else lambda args: (args[first],)
+    several = tuple(indices)
+    return operator.itemgetter(*several) if len(several) > 1 else lambda args: [args[i] for i in several]
 
 
 def _dynamo_lock() -> Any:

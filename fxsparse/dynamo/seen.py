@@ -65,4 +65,4 @@ def _traces(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
 def _bits(tensors: Sequence[Tensor]) -> list[Tensor]:
     """What can be compared, NaN with NaN: all that lie on one device in one tensor."""
     devices = {t.device for t in tensors}
-    return [torch.cat([t for t in tensors if t.device == d]).view(torch.uint8) for d in devices]
+    return [torch.cat([t.detach() for t in tensors if t.device == d]).view(torch.uint8) for d in devices]
