@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils import prune
 
-from fxsparse import MaskError, Masks
+from fxsparse import InputError, MaskError, Masks
 
 BITS = torch.tensor([[True, False, True], [False, False, True]])
 
@@ -194,7 +194,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("fxsparse.ir.masks.save_file", half)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match="No space left"):
         Masks({"w": ~BITS}).save(path)
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
     assert Masks.load(path) == old
