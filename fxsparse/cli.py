@@ -27,7 +27,7 @@ from fxsparse.coarsen.given import excluded_masks
 from fxsparse.coarsen.page import page
 from fxsparse.contest import timings
 from fxsparse.errors import FxSparseError, InputError, VerificationError, near
-from fxsparse.ir.files import replacing
+from fxsparse.ir.files import obstacle, replacing, writing
 from fxsparse.measure import interleave
 from fxsparse.package.aoti import check_suffix
 from fxsparse.picture import data_uri, picture
@@ -356,7 +356,7 @@ def _model_and_masks(arguments: argparse.Namespace) -> tuple[nn.Module, fxsparse
 
 
 def _write_text(path: Path, text: str) -> None:
-    with replacing(path) as name:
+    with writing(path), replacing(path) as name:
         name.write_text(text, encoding="utf-8")
 
 
@@ -380,10 +380,9 @@ def _output_file(text: str) -> Path:
             f"output file {text!r}", expected="a path in a folder that exists or can be made, and written to",
             got=f"{type(error).__name__}: {error.strerror}", do="Name another file.",
         ) from None  # fmt: skip
-    if path.is_dir():
-        raise InputError(
-            f"output file {text!r}", expected="a file", got="a folder", do=f"{text.rstrip('/')}/report, say."
-        )
+    if problem := obstacle(path):
+        do = f"{text.rstrip('/')}/report, say." if path.is_dir() else "Name another file."
+        raise InputError(f"output file {text!r}", expected="a file", got=problem, do=do)
     return path
 
 

@@ -52,6 +52,12 @@ def _rebuild(kind: type[FxSparseError], where: str, expected: str, got: str, do:
     return kind(where, expected=expected, got=got, do=do)
 
 
+def first_line(error: BaseException) -> str:
+    """`ValueError: too deep`: the kind of another library's error and the first line of what it says."""
+    text = next(iter(str(error).splitlines()), "").rstrip(".")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """`Did you mean 'a' or 'b'?`, or an empty string when nothing is near."""
     names = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)

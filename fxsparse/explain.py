@@ -83,7 +83,9 @@ def _stored_name(layer: Layer) -> str:
 def without_a_row(gm: fx.GraphModule, rows: Iterable[Row], masks: Masks) -> Plan:
     """Masked weights that no row speaks of, since no convolution or linear reads them as they are."""
     named = {row.name for row in rows}
-    readers = {str(n.target): operator_name(next(iter(n.users))) for n in gm.graph.nodes if n.op == "get_attr"}
+    readers = {
+        str(n.target): operator_name(next(iter(n.users))) for n in gm.graph.nodes if n.op == "get_attr" and n.users
+    }
     return Plan(tuple(
         Decision("shrink_channels", name, "use its mask", f"{readers[name]} is no layer that gets faster by it", False)
         for name, mask in masks.items()

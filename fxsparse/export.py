@@ -20,7 +20,7 @@ from fxsparse.deploy.tensorrt_build import Profile, decisions, eligible_weights,
 from fxsparse.deploy.tensorrt_runtime import open_engine
 from fxsparse.errors import InputError
 from fxsparse.ir.decision import Decision
-from fxsparse.ir.files import as_path, replacing, writing
+from fxsparse.ir.files import as_path, obstacle, replacing, writing
 from fxsparse.ir.graph import flat
 from fxsparse.ir.inputs import batch_size
 from fxsparse.module import SparseModule
@@ -106,7 +106,7 @@ def check_path(path: str | os.PathLike[str]) -> None:
     try:
         folder = target.parent
         folder.mkdir(parents=True, exist_ok=True)
-        problem = "a folder" if target.is_dir() else "" if os.access(folder, os.W_OK) else "no right to write there"
+        problem = obstacle(target) or ("" if os.access(folder, os.W_OK) else "no right to write there")
     except OSError as error:
         problem = f"{type(error).__name__}: {error}"
     if problem:

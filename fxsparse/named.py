@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fxsparse.errors import InputError, near
+from fxsparse.errors import InputError, first_line, near
 from fxsparse.readers import torch_prune
 from fxsparse.readers.files import are_tensors, unwrapped
 
@@ -113,7 +113,7 @@ def random_inputs(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> tupl
     try:
         return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
     except RuntimeError as error:  # more elements than there is memory, or than there are numbers
-        raise InputError("--input", expected="shapes that fit into memory", got=_first_line(error),
+        raise InputError("--input", expected="shapes that fit into memory", got=first_line(error),
                          do="A batch of one is enough: the result takes any.") from None  # fmt: skip
 
 
@@ -218,7 +218,7 @@ def _read_state(where: str, path: str) -> Mapping[str, Tensor]:
         elif isinstance(error, pickle.UnpicklingError):
             got = "a pickle of something else, or a damaged one"
         else:
-            got = _first_line(error)
+            got = first_line(error)
         raise InputError(
             where,
             expected="a readable state dict, .safetensors or .pt",
@@ -263,10 +263,5 @@ def _failure(error: Exception) -> str:
     """`ValueError: too deep (nets.py:12)`, with the line of the user's code that raised it."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
     if isinstance(error, SyntaxError) or len(frames) < 2:
-        return _first_line(error)
-    return f"{_first_line(error)} ({Path(frames[-1].filename).name}:{frames[-1].lineno})"
-
-
-def _first_line(error: Exception) -> str:
-    text = next(iter(str(error).splitlines()), "").rstrip(".")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+        return first_line(error)
+    return f"{first_line(error)} ({Path(frames[-1].filename).name}:{frames[-1].lineno})"

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fxsparse.errors import InputError
 from fxsparse.ir.decision import Plan
-from fxsparse.ir.files import replacing
+from fxsparse.ir.files import obstacle, replacing
 from fxsparse.picture import PIXELS, data_uri, picture
 from fxsparse.report import Report, Row, count, duration, format_name, percent, reasons, shape_change, short_names
 from fxsparse.report_style import STYLE
@@ -24,12 +24,12 @@ _MAGNIFY = 8  # a small picture is shown so many times larger, at most
 
 
 def write_page(report: Report, path: str | os.PathLike[str]) -> None:
-    """Write the page to `path`, whole or not at all; missing folders are made. Raises InputError on a folder."""
+    """Write the page to `path`, whole or not at all; missing folders are made. Raises InputError on what is none."""
     target = Path(path)
     where = f"report file {os.fspath(path)!r}"
-    if target.is_dir():
-        name = str(target / "report.html")
-        raise InputError(where, expected="the name of a file", got="a folder", do=f"Name a file in it: {name!r}.")
+    if problem := obstacle(target):
+        do = f"Name a file in it: {str(target / 'report.html')!r}." if target.is_dir() else "Name another file."
+        raise InputError(where, expected="the name of a file", got=problem, do=do)
     content = page(report).encode()
     try:
         with replacing(target) as temporary:

@@ -57,8 +57,9 @@ def _of_layer(gm: fx.GraphModule, node: fx.Node, ctx: Context) -> list[Decision]
     name = str(cast(fx.Node, node.args[1]).target)
     if not ctx.force_formats and bool(get_tensor(gm, name).all()):
         return [Decision("choose_formats", name, "store in a sparse format", NO_ZEROS, False)] if ctx.formats else []
-    formats = [FORMATS[name] for name in ctx.formats]
-    return [_decide(gm, node, f, ctx) for f in [f for f in formats if node.target in f.layers] or formats[:1]]
+    formats = [FORMATS[known] for known in ctx.formats]
+    fitting = [f for f in formats if node.target in f.layers]
+    return [_decide(gm, node, f, ctx) for f in fitting or formats[:1]]
 
 
 def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Decision:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -512,3 +513,12 @@ def test_coarsen_leaves_an_excluded_mask_as_it_is(nets: Path) -> None:
     found = fxsparse.Masks.load(nets / "out.safetensors")
     assert found["2.weight"].equal(given["2.weight"])
     assert not found["0.weight"].equal(given["0.weight"])
+
+
+@pytest.mark.parametrize("flag", ["--json", "--html"])
+def test_a_report_is_not_written_over_what_is_no_file(nets: Path, refused: Callable[..., str], flag: str) -> None:
+    os.mkfifo(nets / "pipe")
+    assert "output file 'pipe': expected a file; got something that is no file" in refused(
+        "plan", "nets_here:tiny", "--input", "3,4", flag, "pipe"
+    )
+    assert (nets / "pipe").is_fifo()

@@ -74,11 +74,13 @@ def _not_kept() -> Iterator[None]:
     from torch._inductor.codecache import PyCodeCache
 
     before = set(map(id, PyCodeCache.modules))
-    yield
-    for module in [m for m in PyCodeCache.modules if id(m) not in before]:
-        if any(isinstance(value, Tensor) for value in vars(module).values()):
-            PyCodeCache.modules.remove(module)
-            sys.modules.pop(module.__name__, None)
+    try:
+        yield
+    finally:
+        for module in [m for m in PyCodeCache.modules if id(m) not in before]:
+            if any(isinstance(value, Tensor) for value in vars(module).values()):
+                PyCodeCache.modules.remove(module)
+                sys.modules.pop(module.__name__, None)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,11 @@ def as_path(path: object, what: str) -> Path:
     return Path(text)
 
 
+def obstacle(path: Path) -> str:
+    """What stands where a file is to be written and is none; empty when nothing does."""
+    return "a folder" if path.is_dir() else "something that is no file" if path.exists() and not path.is_file() else ""
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary name beside `path` to write to; renamed when all went well, removed when not. Makes the folder.
@@ -31,8 +36,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     that is no file is left alone. An OSError of the system passes through.
     """
     target = Path(os.path.realpath(as_path(path, "a file to write")))
-    if target.exists() and not target.is_file():  # renaming over /dev/null would take it from everybody
-        raise OSError(errno.EINVAL, "there is something that is no file", str(path))
+    if problem := obstacle(target):  # renaming over /dev/null would take it from everybody
+        raise OSError(errno.EINVAL, f"there is {problem}", str(path))
     target.parent.mkdir(parents=True, exist_ok=True)
     # in the same folder, so that the renaming is atomic; the suffix stays, as some writers look at it
     temporary = target.with_name(f".{secrets.token_hex(6)}.{target.name}")

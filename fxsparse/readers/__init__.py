@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from types import ModuleType
 
-from fxsparse.errors import FxSparseError, MaskError
+from fxsparse.errors import FxSparseError, MaskError, first_line
 from fxsparse.readers import compressed_tensors, nni, plain, torch_prune
 from fxsparse.readers.checkpoint import Checkpoint
 from fxsparse.readers.files import load
@@ -38,8 +38,7 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
         raise
     except Exception as error:  # noqa: BLE001 - of a sparse, quantized or nested tensor torch says what it likes
         raise MaskError(
-            where, expected="dense tensors with data",
-            got=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}",
+            where, expected="dense tensors with data", got=first_line(error),
             do="Convert what is sparse, quantized or nested, and save it again.",
         ) from None  # fmt: skip
     cut_out = {"full_state_dict", "attributions"} <= found.keys()  # as tp.state_dict(model) gives it

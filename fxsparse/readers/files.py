@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fxsparse.errors import MaskError
+from fxsparse.errors import MaskError, first_line
 from fxsparse.ir.files import as_path
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training scripts put the state dict
@@ -81,8 +81,7 @@ def _got(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
         named = re.search(r"GLOBAL ([\w.]+)", str(error))
         return f"a pickle of {named[1]}, which could run code" if named else "a damaged pickle, or no pickle at all"
-    first = next(iter(str(error).splitlines()), "").rstrip(".")
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    return first_line(error)
 
 
 def _advice(error: Exception) -> str:
