@@ -23,6 +23,9 @@ help:
 	Each sets up .venv on its first run (6 GB on disk). PYTHON=python3.12 and CXX=clang++ choose others.
 	TEXT
 
+# Its layers are so small that threads wait for each other thousands of times a second. OpenMP lets them spin, which keeps
+# them from each other's cores as soon as anything else runs there: an epoch took two to three times as long.
+demo: export OMP_WAIT_POLICY ?= passive
 demo: setup
 	@$(BIN)/fxsparse demo --out $(OUT) $(ARGS)
 

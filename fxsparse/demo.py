@@ -147,7 +147,7 @@ def _prune(
 
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("dense", total=setup.epochs_in_all)
-        train_epochs = trainer(digits, setup.epochs, seed, lambda: bar.advance(task))
+        train_epochs = trainer(digits, setup.epochs, seed, lambda: _advance(bar))
 
         def after_round(number: int, masks: Masks) -> None:
             bar.update(task, description=f"round {number + 1}" if number < setup.rounds else "refilled")
@@ -161,6 +161,15 @@ def _prune(
         note("Refill, trained again", coarsened.masks)
     _show_pruning(coarsened, console)
     return accuracies, masks
+
+
+def _advance(bar: Progress) -> None:
+    """One epoch further. A bar that is not on a terminal shows nothing until it ends: there, a line an epoch."""
+    (task,) = bar.tasks
+    bar.advance(task.id)
+    if not bar.console.is_terminal:
+        epoch = f"{task.elapsed:6.1f} s  train {task.description}: epoch {task.completed:.0f} of {task.total:.0f}"
+        bar.console.print(epoch, highlight=False, soft_wrap=True)
 
 
 def _train_refilled(
