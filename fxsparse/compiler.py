@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 from fxsparse.arguments import check_cache_dir, checked_inputs, checked_model
 from fxsparse.backend import Target, find_target
 from fxsparse.contest import Contest, contest
-from fxsparse.errors import InputError, TargetError, near
+from fxsparse.errors import CaptureError, InputError, TargetError, first_line, near
 from fxsparse.explain import Layer, layers_of, parameters_after, rows_of, with_formats, without_a_row
 from fxsparse.formats import FORMATS
 from fxsparse.ir.capture import capture, masked_output
@@ -27,6 +27,7 @@ from fxsparse.ir.decision import Plan
 from fxsparse.ir.graph import clone, erase_unused, flat
 from fxsparse.ir.inputs import batch_size, device_of
 from fxsparse.ir.masks import Masks
+from fxsparse.ir.symbols import concrete, symbolic_dims
 from fxsparse.measure import LayerTimes, cpu_name
 from fxsparse.module import Build, SparseModule
 from fxsparse.passes import STORAGE, STRUCTURE, Context, canonicalize, name_of
@@ -62,7 +63,6 @@ class Captured:
     gm          its weights are constants with masked values, and its own: the graph is rewritten in place
     leaves      example inputs, flattened
     own         flattened inputs -> outputs of the user's own code with masked weights, to compare with
-    grows       for each leaf: whether its dimension 0 is the batch; None: of every tensor
     masks       for the report
     parameters  their number, for the report
     """
@@ -72,13 +72,26 @@ class Captured:
     own: Callable[[Sequence[Any]], Any]
     masks: Masks
     parameters: int
-    grows: Sequence[bool] | None = None
+
+    def shapes(self, more: int) -> list[list[int]]:
+        """Of the inputs at one sample more, other symbolic sizes `more` than the example's."""
+        return [concrete(node, self.batch + 1, more) for node in self.inputs]
+
+    @property
+    def inputs(self) -> list[fx.Node]:
+        """The placeholders, one for each leaf."""
+        return self.gm.graph.find_nodes(op="placeholder")
+
+    @property
+    def open_sizes(self) -> bool:
+        """Whether another size than the batch is symbolic, such as the length of a sequence."""
+        return any(dim > 0 for node in self.inputs for dim in symbolic_dims(node))
 
     @property
     def batch(self) -> int:
         """The example's batch size."""
-        grows = self.grows if self.grows is not None and any(self.grows) else [True] * len(self.leaves)
-        return batch_size(x for x, one in zip(self.leaves, grows, strict=True) if one)
+        of_batch = [x for node, x in zip(self.inputs, self.leaves, strict=True) if 0 in symbolic_dims(node)]
+        return batch_size(of_batch or self.leaves)
 
 
 @dataclasses.dataclass
@@ -172,14 +185,15 @@ def build(captured: Captured, in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpe
     rewritten = _rewrite(captured, options)
     leaves = captured.leaves
     other = {"dense weights": rewritten.without_formats.gm} if rewritten.without_formats is not None else {}
-    won = contest(rewritten.dense, rewritten.gm, leaves, options.target, measure=options.measure, also=other)
+    won = contest(rewritten.dense, rewritten.gm, leaves, options.target, measure=options.measure, also=other,
+                  any_size=captured.open_sizes)  # fmt: skip
     rewritten = rewritten.as_chosen(won.sparse)
     report = _report(rewritten, options)
     verification = _verify(rewritten, won, options)
     decisions = report.decisions + won.decisions
     report = dataclasses.replace(report, verification=verification, decisions=decisions, **won.for_report())
     return Build(won.gm, leaves, in_spec, out_spec, options.target, won.run, report, options.dynamic_batch, won.prepare,
-                 lowered_by=won.target)  # fmt: skip
+                 any_batch=won.run if won.any_size else None, lowered_by=won.target)  # fmt: skip
 
 
 def _capture(model: nn.Module, masks: Masks, inputs: tuple[Any, ...], options: Options) -> Captured:
@@ -271,12 +285,31 @@ def _verify(rewritten: _Rewritten, won: Contest, options: Options) -> str:
     with torch.no_grad():
         check(flat(rewritten.gm)(*ref.inputs), ref, "rewritten graph", _REPRODUCE)
         if options.dynamic_batch:
-            captured = rewritten.captured
-            inputs = probe(ref.inputs, batch=captured.batch + 1, seed=1, grows=captured.grows)
-            other = reference(flat(rewritten.dense), inputs)
+            other = _elsewhere(rewritten, ref)
             check(flat(rewritten.gm)(*other.inputs), other, "rewritten graph at another batch size", _REPRODUCE)
+            if won.any_size:
+                check(
+                    won.run(*won.prepare(other.inputs)),
+                    other,
+                    f"target {options.target.name!r}, other sizes",
+                    _REPRODUCE,
+                )
         return check(won.run(*won.prepare(ref.inputs)), ref, f"target {options.target.name!r}",
                      "The graph was right before lowering: try target='eager', and please report it.")  # fmt: skip
+
+
+def _elsewhere(rewritten: _Rewritten, ref: Reference) -> Reference:
+    """The masked model at other sizes. Raises CaptureError when a size that is open cannot be changed after all."""
+    captured, failed = rewritten.captured, ""
+    for more in (1, -1) if captured.open_sizes else (0,):  # a table of positions may end here, a window begin
+        try:
+            return reference(flat(rewritten.dense), probe(ref.inputs, captured.shapes(more), seed=1))
+        except (RuntimeError, IndexError, ValueError) as error:
+            if not captured.open_sizes:
+                raise
+            failed = first_line(error)
+    raise CaptureError("sizes of the inputs", expected="a graph that runs at others too", got=failed,
+                       do="Make code for each size: torch.compile(dynamic=False), or mark_static(x, dim).")  # fmt: skip
 
 
 def _report(rewritten: _Rewritten, options: Options) -> Report:

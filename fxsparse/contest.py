@@ -35,6 +35,7 @@ class Contest:
     """The build to return, and the timings that chose it (none when nothing was measured).
 
     sparse     the rewritten graph that was the fastest of those; `gm` unless a dense build is returned
+    any_size   whether `run` takes other sizes too
     decisions  what the target itself decided about that one
     """
 
@@ -44,6 +45,7 @@ class Contest:
     target: Target
     chosen: str
     sparse: fx.GraphModule
+    any_size: bool
     timings: tuple[Timing, ...] = ()
     decisions: tuple[Decision, ...] = ()
     dense_ms: float | None = None
@@ -66,18 +68,26 @@ def contest(
     *,
     measure: bool,
     also: Mapping[str, fx.GraphModule] | None = None,
+    any_size: bool = False,
 ) -> Contest:
     """Lower `sparse`; with `measure` also every dense build, time them, and pick the fastest.
 
-    also  other rewritten graphs that compete, by what tells them apart; only with `measure`
+    also      other rewritten graphs that compete, by what tells them apart; only with `measure`
+    any_size  make code for any size at once, and compare that: the sizes of `inputs` will hardly come again
     """
     log.info("lower (%s)", target.name)
-    own = [_Build(f"sparse: {target.name}", sparse, target.lower(sparse, inputs), as_is, target)]
+
+    def build(name: str, gm: fx.GraphModule) -> _Build:
+        run = target.lower_dynamic(gm) if any_size else target.lower(gm, inputs)
+        return _Build(name, gm, run, as_is, target)
+
+    own = [build(f"sparse: {target.name}", sparse)]
     if not measure:
-        return Contest(sparse, own[0].run, own[0].prepare, target, "sparse", sparse, decisions=_decisions(own[0]))
-    for label, gm in (also or {}).items():
-        own.append(_Build(f"sparse: {target.name}, {label}", gm, target.lower(gm, inputs), as_is, target))
-    rivals = dense_builds(dense, inputs, target)
+        return Contest(
+            sparse, own[0].run, own[0].prepare, target, "sparse", sparse, any_size, decisions=_decisions(own[0])
+        )
+    own += [build(f"sparse: {target.name}, {label}", gm) for label, gm in (also or {}).items()]
+    rivals = dense_builds(dense, inputs, target, any_size)
     log.info("measure")
     builds = {b.name: b for b in [*own, *rivals]}
     runs = play_off({b.name: _call(b, inputs) for b in own}, {b.name: _call(b, inputs) for b in rivals})
@@ -86,13 +96,13 @@ def contest(
     faster = ratios[len(ratios) // 2] >= 1.0
     won = ours if faster else builds[best]
     return Contest(
-        won.gm, won.run, won.prepare, won.target, "sparse" if faster else "dense", ours.gm, timings(runs),
+        won.gm, won.run, won.prepare, won.target, "sparse" if faster else "dense", ours.gm, any_size, timings(runs),
         _decisions(ours), runs.median(best), runs.median(ours.name),
         (ratios[len(ratios) // 5], ratios[len(ratios) * 4 // 5]),
     )  # fmt: skip
 
 
-def dense_builds(dense: fx.GraphModule, inputs: Sequence[Any], target: Target) -> list[_Build]:
+def dense_builds(dense: fx.GraphModule, inputs: Sequence[Any], target: Target, any_size: bool = False) -> list[_Build]:
     """The masked model, not rewritten: on the target and its rivals, contiguous and channels_last."""
     targets = [TARGETS[name] for name in target.rivals if name != target.name] + [target]
     formats: list[tuple[str, fx.GraphModule, Prepare]] = [("contiguous", dense, as_is)]
@@ -104,7 +114,8 @@ def dense_builds(dense: fx.GraphModule, inputs: Sequence[Any], target: Target) -
             if name not in t.memory_formats:
                 continue
             log.info("lower dense (%s, %s)", t.name, name)
-            builds.append(_Build(f"{t.name}, {name}", gm, t.lower_dense(gm, prepare(inputs)), prepare, t))
+            run = t.lower_dynamic(gm) if any_size else t.lower_dense(gm, prepare(inputs))
+            builds.append(_Build(f"{t.name}, {name}", gm, run, prepare, t))
     return builds
 
 

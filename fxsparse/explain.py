@@ -14,9 +14,10 @@ from torch import fx
 from fxsparse.analysis.reasons import BLOCKERS, columns_kept, is_layer, rows_kept
 from fxsparse.ir.decision import Decision, Plan
 from fxsparse.ir.facts import Facts
-from fxsparse.ir.graph import arg, call_nodes, concrete, get_tensor, operator_name, owner
+from fxsparse.ir.graph import arg, call_nodes, get_tensor, operator_name, owner
 from fxsparse.ir.layout import Layout
 from fxsparse.ir.masks import Masks
+from fxsparse.ir.symbols import concrete
 from fxsparse.passes import Context
 from fxsparse.passes.choose_formats import NO_ZEROS
 from fxsparse.report import Row
@@ -49,7 +50,7 @@ def layers_of(gm: fx.GraphModule) -> list[Layer]:
 
 def macs(node: fx.Node, weight: Sequence[int]) -> int:
     """Multiply-accumulates for one sample: positions of the output x rows x (columns x taps) of one row."""
-    shape = concrete(node.meta["val"])
+    shape = concrete(node)
     if operator_name(node) == "linear":
         return math.prod(shape[:-1]) * math.prod(weight)
     return math.prod(shape[len(shape) - len(weight) + 2 :]) * math.prod(weight)

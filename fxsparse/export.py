@@ -119,7 +119,8 @@ def verify_onnx(gm: fx.GraphModule, model: OnnxModel, example: Sequence[object])
     session, found, plain = OnnxSession(model), {}, flat(gm)
     own = batch_size(example)
     for batch in dict.fromkeys((own, *BATCHES)) if model.dynamic else (own,):
-        ref = reference(plain, probe(example, batch=batch if model.dynamic else None, seed=batch))
+        shapes = [[batch, *x.shape[1:]] if isinstance(x, Tensor) and x.dim() else [] for x in example]
+        ref = reference(plain, probe(example, shapes if model.dynamic else None, seed=batch))
         exact = [y.cpu() if isinstance(y, Tensor) else y for y in ref.exact]
         found[batch] = check(session(*ref.inputs), replace(ref, exact=tuple(exact)), f"ONNX file at batch {batch}",
                              "The graph was right before it was exported: please report it.")  # fmt: skip

@@ -27,7 +27,8 @@ from fxsparse.formats.n_m_op import n_m_into
 from fxsparse.formats.shuffled_block import ShuffledBlock
 from fxsparse.formats.shuffled_block_op import multiply, pair, shuffled_block_into
 from fxsparse.ir.files import replacing
-from fxsparse.ir.graph import arg, aten, concrete
+from fxsparse.ir.graph import arg, aten
+from fxsparse.ir.symbols import concrete
 from fxsparse.kernels.build import digest
 
 ROUNDS = (6, 60)  # at least, at most
@@ -177,9 +178,8 @@ class _Case:
 
     @staticmethod
     def of(node: fx.Node, rows: int, columns: int, batch: int) -> _Case:
-        val = cast(fx.Node, node.args[0]).meta["val"]
         weight = cast(fx.Node, node.args[1]).meta["val"]
-        shape = concrete(val, batch)
+        shape = concrete(cast(fx.Node, node.args[0]), batch)
         if node.target is aten.linear.default:
             shape[-1] = columns
             key = ("linear or onednn", tuple(shape), rows, str(weight.dtype), str(weight.device))
@@ -196,7 +196,7 @@ def _packed_case(packed: object, node: fx.Node, batch: int) -> _Case:
 @_packed_case.register
 def _n_m_case(packed: NM, node: fx.Node, batch: int) -> _Case:
     val = cast(fx.Node, node.args[0]).meta["val"]
-    shape = concrete(val, batch)
+    shape = concrete(cast(fx.Node, node.args[0]), batch)
     key = ("n_m", digest("n_m"), tuple(shape), packed.shape, packed.n, packed.m, str(val.dtype))
 
     def make() -> Callable[[], object]:
@@ -210,7 +210,7 @@ def _n_m_case(packed: NM, node: fx.Node, batch: int) -> _Case:
 @_packed_case.register
 def _shuffled_block_case(packed: ShuffledBlock, node: fx.Node, batch: int) -> _Case:
     val = cast(fx.Node, node.args[0]).meta["val"]
-    shape = concrete(val, batch)
+    shape = concrete(cast(fx.Node, node.args[0]), batch)
     geometry: dict[str, Any] = {}
     if node.target is aten.conv2d.default:
         geometry = {n: pair(arg(node, n)) for n in ("stride", "padding", "dilation")}

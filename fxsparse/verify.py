@@ -39,28 +39,27 @@ def wide_inputs(inputs: Sequence[Any]) -> list[Any]:
     return [x.to(_wide_dtype(x.dtype)) if isinstance(x, Tensor) else x for x in inputs]
 
 
-def probe(
-    inputs: Sequence[Any], batch: int | None = None, seed: int = 0, grows: Sequence[bool] | None = None
-) -> tuple[Any, ...]:
+def probe(inputs: Sequence[Any], shapes: Sequence[Sequence[int]] | None = None, seed: int = 0) -> tuple[Any, ...]:
     """Random inputs of the same shapes: the example's own values may be zeros, under which anything agrees.
 
-    Floating tensors are normal with the example's scale; integer ones repeat the example. `batch` replaces dimension 0
-    (of those inputs for which `grows` is True; None: of all).
+    Floating tensors are normal with the example's scale; integer ones repeat the example. `shapes` are other ones to
+    have, of every input.
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def one(x: Any, grows: bool) -> Any:
+    def one(x: Any, shape: Sequence[int]) -> Any:
         if not isinstance(x, Tensor) or not x.dim():
             return x
-        if batch is not None and grows:
-            x = x[torch.arange(batch, device=x.device) % x.shape[0]]
+        for dim, size in enumerate(shape):
+            if size != x.shape[dim]:
+                x = x.index_select(dim, torch.arange(size, device=x.device) % x.shape[dim])
         if not x.is_floating_point():
             return x
         spread = float(x.detach().double().std()) if x.numel() > 1 else 0.0
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu") * (spread or 1.0)
         return torch.empty_like(x).copy_(noise + float(x.detach().double().mean()))  # in the example's memory format
 
-    return tuple(map(one, inputs, grows if grows is not None else [True] * len(inputs)))
+    return tuple(map(one, inputs, shapes or [getattr(x, "shape", ()) for x in inputs]))
 
 
 def reference(flat_gm: fx.GraphModule, inputs: Sequence[Any]) -> Reference:

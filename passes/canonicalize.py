@@ -3,6 +3,7 @@
 - inference batch norm (three results) becomes batch_norm (one)
 - split, split_with_sizes, chunk and unbind become slices and selections
 - dropout outside training, alias, detach, contiguous and no-op clones go
+- cat lets go of tensors that hold nothing (an empty cache)
 - view becomes reshape: once copies are gone its strides may not allow a view
 - what depends on no input is computed now (weight norm, transposed weights, attention masks)
 - a weight that several nodes read gets one get_attr node for each, so that each can be cut differently
@@ -29,6 +30,7 @@ from fxsparse.ir.graph import (
     operator_name,
     owner,
 )
+from fxsparse.ir.symbols import rank_of, symbolic_dims
 from fxsparse.passes.context import Context
 
 _IDENTITY = (
@@ -60,7 +62,9 @@ def _decide(node: fx.Node) -> Decision | None:
         return _accept(node, "write view as reshape", "it holds for any strides", _write_reshape)
     if node.target is _BATCH_NORM and all(_is_item(user) for user in node.users):
         return _accept(node, "write as batch_norm", "one result instead of three", _write_batch_norm)
-    if node.target in _SPLIT and all(_is_item(user) for user in node.users):
+    if node.target is aten.cat.default and any(map(_is_nothing, node.all_input_nodes)):
+        return _accept(node, "drop what holds nothing", "cat passes over tensors of shape [0]", _drop_nothing)
+    if node.target in _SPLIT and not _splits_symbolic(node) and all(_is_item(user) for user in node.users):
         return _accept(node, f"write {operator_name(node)} as slices", "one result instead of several", _write_slices)
     return None
 
@@ -82,6 +86,17 @@ def _is_item(node: fx.Node) -> bool:
     return node.target is operator.getitem
 
 
+def _is_nothing(node: fx.Node) -> bool:
+    """Of shape [0], which `cat` allows beside tensors of any rank: an empty cache."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and list(value.shape) == [0]
+
+
+def _splits_symbolic(node: fx.Node) -> bool:
+    source = node.all_input_nodes[0]
+    return arg(node, "dim") % rank_of(source) in symbolic_dims(source)
+
+
 def _drop(gm: fx.GraphModule, node: fx.Node) -> None:
     node.replace_all_uses_with(cast(fx.Node, node.args[0]))
     gm.graph.erase_node(node)
@@ -89,6 +104,11 @@ def _drop(gm: fx.GraphModule, node: fx.Node) -> None:
 
 def _write_reshape(gm: fx.GraphModule, node: fx.Node) -> None:
     node.target = aten.reshape.default
+
+
+def _drop_nothing(gm: fx.GraphModule, node: fx.Node) -> None:
+    tensors = cast("list[fx.Node]", node.args[0])
+    node.args = ([n for n in tensors if not _is_nothing(n)] or tensors[:1], *node.args[1:])
 
 
 def _write_batch_norm(gm: fx.GraphModule, node: fx.Node) -> None:

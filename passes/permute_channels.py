@@ -18,7 +18,8 @@ from torch import Tensor, fx
 from fxsparse.analysis.axes import Numbering, numberings
 from fxsparse.formats import FORMATS
 from fxsparse.ir.decision import Decision
-from fxsparse.ir.graph import concrete, get_tensor, owner, replace_weight
+from fxsparse.ir.graph import get_tensor, owner, replace_weight
+from fxsparse.ir.symbols import concrete
 from fxsparse.passes.choose_formats import FORMAT, GROUPS
 from fxsparse.passes.context import Context
 
@@ -82,7 +83,7 @@ def _inverse(order: Tensor) -> NDArray[np.int64]:
 
 def _writes(node: fx.Node) -> int:
     """Elements written for one sample."""
-    return math.prod(concrete(node.meta["val"]))
+    return math.prod(concrete(node))
 
 
 def _size(numbering: Numbering) -> int:

@@ -454,13 +454,28 @@ def test_inductor_runs_any_batch_size() -> None:
     assert len(ours.reports) == 2
 
 
-def test_a_size_that_is_not_the_batch_stays_dense_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_image_of_any_size_is_rewritten_once() -> None:
     model, masks = Net(), half(Net(), "a")
     ours = Compiled(model, masks, dynamic=True)
-    agree(ours(x := torch.randn(2, 3, 8, 9)), exact(model, masks, x))
-    assert ours.reports == []
-    assert "stays dense: an input of shape" in caplog.text
-    assert "mark_static" in caplog.text
+    for shape in ((2, 3, 8, 9), (4, 3, 12, 7)):
+        agree(ours(x := torch.randn(shape)), exact(model, masks, x))
+    assert ours.rows() == [{"a.weight": 16}]
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # its new name is not in 5.0
+def test_a_llama_decodes_with_a_growing_cache() -> None:
+    model, masks = llama()
+    ours = Compiled(model, masks)
+    Masks(masks).apply_(reference := copy.deepcopy(model))
+    DynamicCache = pytest.importorskip("transformers").DynamicCache
+    caches = [DynamicCache(config=model.config) for _ in range(2)]
+    tokens = torch.randint(0, 64, (1, 5))
+    for _ in range(6):  # the prompt, then one token at a time
+        y = ours(tokens, past_key_values=caches[0]).logits
+        with torch.no_grad():
+            agree(y, reference(tokens, past_key_values=caches[1]).logits)
+        tokens = y[:, -1:].argmax(-1)
+    assert [len(rows) for rows in ours.rows()] == [2, 2, 2]  # the prompt, the first length, and any other
 
 
 @pytest.mark.parametrize(

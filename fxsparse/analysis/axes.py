@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
-from fxsparse.ir.graph import arg, aten, concrete, operator_name, owner
+from fxsparse.ir.graph import arg, aten, operator_name, owner
+from fxsparse.ir.symbols import concrete
 from fxsparse.ir.union_find import UnionFind
 from fxsparse.rules import rule_of
 from fxsparse.rules.contraction import Convolution, Linear
@@ -134,7 +135,7 @@ def _link(node: fx.Node, links: _Links) -> None:
         _reduction(node, x, links)
     elif node.target in _FLATTENS and _flattens(node, x):
         links.tie(node, 0, x, 0)
-        links.flattened.append(((node, 1), (x, 1), math.prod(concrete(x.meta["val"])[2:])))
+        links.flattened.append(((node, 1), (x, 1), math.prod(concrete(x)[2:])))
     elif node.target in _PASSING and _rank(node):
         _pass_on(node, links)
     else:
@@ -253,4 +254,4 @@ def _flattens(node: fx.Node, x: fx.Node) -> bool:
     """[N, C, ...] to [N, C * ...]"""
     before, after = _shape(x), _shape(node)
     known = all(isinstance(size, int) for size in [*before[1:], *after[1:]])
-    return len(after) == 2 and len(before) > 2 and known and math.prod(concrete(x.meta["val"])[1:]) == after[1]
+    return len(after) == 2 and len(before) > 2 and known and math.prod(concrete(x)[1:]) == after[1]

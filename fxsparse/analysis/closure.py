@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fxsparse.analysis.sweep import RuleOf
 from fxsparse.ir.facts import Facts
 from fxsparse.ir.graph import aten
 from fxsparse.ir.layout import Layout
+from fxsparse.ir.symbols import symbolic_dims
 from fxsparse.rules import rule_of
 from fxsparse.rules.movement import Movement
 
@@ -72,12 +73,7 @@ def _pin_signature(gm: fx.GraphModule, layout: Layout) -> None:
                 if n in layout.kept:
                     layout.pin(n, "output signature")
         elif node in layout.kept:
-            layout.pin(node, "", _symbolic(node))
-
-
-def _symbolic(node: fx.Node) -> list[int]:
-    shape = node.meta["val"].shape if isinstance(node.meta.get("val"), Tensor) else ()
-    return [dim for dim, size in enumerate(shape) if not isinstance(size, int)]
+            layout.pin(node, "", symbolic_dims(node))
 
 
 def _keep_one(gm: fx.GraphModule, layout: Layout) -> None:

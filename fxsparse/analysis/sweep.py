@@ -2,7 +2,8 @@
 
 Forward, `unknown`: every operator is run on 0/1 tensors (inputs all unknown, weights != 0); values of known elements
 come from running it on the known values. Backward, `demanded`: the vector-Jacobian product of the same operator.
-On an acyclic graph one sweep each way is the fixpoint. The batch is analysed at size 1: samples do not mix.
+On an acyclic graph one sweep each way is the fixpoint. The batch is analysed at size 1 and other symbolic sizes at the
+example's; facts say the same of all positions along them, so they hold at every size (`ir/symbols.py`).
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from torch import Tensor, fx
 
 from fxsparse.ir.bits import some
 from fxsparse.ir.facts import Facts
-from fxsparse.ir.graph import concrete, get_tensor
+from fxsparse.ir.graph import aten, get_tensor
+from fxsparse.ir.symbols import concrete, evenly, reads_a_size, varies
 from fxsparse.rules import Rule, rule_of
 
 RuleOf = Callable[[fx.Node], Rule]
+_FILLS = (aten.zeros.default, aten.ones.default, aten.full.default)
 
 
 def analyze(gm: fx.GraphModule, *, known: Facts | None = None, rule_of: RuleOf = rule_of) -> Facts:
@@ -49,7 +52,7 @@ def _reuse(node: fx.Node, known: Facts, facts: Facts) -> None:
 
 def _forward(gm: fx.GraphModule, node: fx.Node, facts: Facts, rule_of: RuleOf) -> None:
     if node.op == "placeholder":
-        value = _batch_of_one(node.meta.get("val"))
+        value = _zeros(node)
         facts.value[node] = value
         if isinstance(value, Tensor):
             facts.unknown[node] = torch.ones_like(value, dtype=torch.bool)
@@ -67,14 +70,25 @@ def _forward(gm: fx.GraphModule, node: fx.Node, facts: Facts, rule_of: RuleOf) -
 
 
 def _settle(node: fx.Node, value: Tensor, facts: Facts, rule_of: RuleOf) -> None:
-    """Unknown bits by the rule; a value that is not finite is no fact. Unknown elements hold 0."""
+    """Unknown bits by the rule. A value is no fact that is not finite, or differs along a symbolic dimension.
+
+    Unknown elements hold 0.
+    """
     tainted = any(n in facts.unknown for n in node.all_input_nodes) or node.target is operator.getitem
-    rule = rule_of(node)
-    unknown = rule.unknown(node, facts) if tainted else torch.zeros_like(value, dtype=torch.bool)
+    unknown = torch.full_like(value, not tainted and _counts(node), dtype=torch.bool)
+    if tainted:
+        unknown = rule_of(node).unknown(node, facts)
     if value.is_floating_point() and not value.sum().isfinite():
         unknown = unknown | ~value.isfinite()
+    unknown = evenly(node, unknown) | varies(node, value)
     facts.unknown[node] = unknown
     facts.value[node] = value.masked_fill(unknown, 0) if some(unknown) else value
+
+
+def _counts(node: fx.Node) -> bool:
+    """It makes a tensor from a symbolic size that is more than its shape: arange, and full of the size itself."""
+    fills = node.target in _FILLS and not any(isinstance(a, fx.Node) for a in node.args[1:])
+    return reads_a_size(node) and not fills
 
 
 def _backward(gm: fx.GraphModule, facts: Facts, rule_of: RuleOf) -> None:
@@ -98,17 +112,17 @@ def _asked(node: fx.Node, facts: Facts, rule_of: RuleOf) -> Mapping[fx.Node, Ten
 def _ask(facts: Facts, demands: Mapping[fx.Node, Tensor]) -> None:
     for n, bits in demands.items():
         if n in facts.demanded:
-            facts.demanded[n] |= bits
+            facts.demanded[n] |= evenly(n, bits)
 
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
-def _batch_of_one(value: Any) -> Any:
-    """A zero tensor of the placeholder's shape, symbolic sizes at 1; other values as they are."""
+def _zeros(node: fx.Node) -> Any:
+    """A zero tensor of the placeholder's shape, one sample of it; other values as they are."""
+    value = node.meta.get("val")
     if isinstance(value, Tensor):
-        shape = concrete(value)
         dtype = torch.float64 if value.is_floating_point() else value.dtype
-        return torch.zeros(shape, dtype=dtype, device=value.device)
-    return 1 if isinstance(value, torch.SymInt) else value
+        return torch.zeros(concrete(node), dtype=dtype, device=value.device)
+    return value

@@ -105,17 +105,15 @@ class Graph:
 
     def _build(self, args: Sequence[Any]) -> _Entry:
         seen = Seen([args[i] for i in self.weights], [k for k, i in enumerate(self.weights) if i in self.running])
-        dynamic = [bool(grows) and i not in self.weights for i, grows in enumerate(self.retraced.dynamic)]
+        dynamic = any(grows and i not in self.weights for i, grows in enumerate(self.retraced.dynamic))
         inputs = [i for i, x in enumerate(args) if isinstance(x, Tensor) and i not in self.weights]
         leaves = list(checked_inputs(tuple(args[i] for i in inputs)))
         log.info("%s", self.name)
-        options = dataclasses.replace(self.settings.options, dynamic_batch=any(dynamic))
-        built = self._built(args, inputs, leaves, [dynamic[i] for i in inputs], options)
+        options = dataclasses.replace(self.settings.options, dynamic_batch=dynamic)
+        built = self._built(args, inputs, leaves, options)
         return _Entry(_taker(self.weights), seen, inputs, built, [args[i].shape for i in inputs])
 
-    def _built(
-        self, args: Sequence[Any], inputs: Sequence[int], leaves: list[Tensor], grows: list[bool], options: Options
-    ) -> Build:
+    def _built(self, args: Sequence[Any], inputs: Sequence[int], leaves: list[Tensor], options: Options) -> Build:
         in_spec = pytree.tree_structure(tuple(leaves))
         out_spec = pytree.tree_structure([None] * (len(self.retraced.written) + len(self.orders)))
         with torch.inference_mode(False), torch.no_grad():
@@ -124,7 +122,7 @@ class Graph:
             own = functools.partial(self._own, {**dict(enumerate(args)), **values}, inputs)
             gm = self.retraced.bind(named := {i: (names[i], w) for i, w in values.items()})
             parameters = sum(args[i].numel() for i in values if isinstance(args[i], nn.Parameter))
-            captured = Captured(gm, leaves, own, masks, parameters, grows)
+            captured = Captured(gm, leaves, own, masks, parameters)
         with _dynamo_lock():
             try:
                 built = build(captured, in_spec, out_spec, options)
@@ -132,7 +130,9 @@ class Graph:
                 log.warning("%s stays dense: %s", self.name, error)
                 gm = self.retraced.bind(named)
                 run = options.target.lower(gm, leaves)
-                return Build(gm, leaves, in_spec, out_spec, options.target, run, cast(Report, None), any(grows))
+                return Build(
+                    gm, leaves, in_spec, out_spec, options.target, run, cast(Report, None), options.dynamic_batch
+                )
         log.info("%s: %s", self.name, built.report.verdict)
         self.settings.on_report(built.report)
         return built

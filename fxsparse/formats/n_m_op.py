@@ -24,7 +24,8 @@ from fxsparse.formats import semi_structured
 from fxsparse.formats.format import Format, Standard
 from fxsparse.formats.n_m import NM, misfits, pack, unpack
 from fxsparse.formats.operator import LIBRARY, define
-from fxsparse.ir.graph import arg, aten, concrete, get_tensor, new_weight
+from fxsparse.ir.graph import arg, aten, get_tensor, new_weight
+from fxsparse.ir.symbols import concrete
 from fxsparse.kernels.cpu import n_m as kernel
 
 # Without a timer only layers whose weights few tokens share: with more, multiplying costs more than reading.
@@ -107,8 +108,7 @@ class NMFormat(Format):
         return ""
 
     def why_not_untimed(self, node: fx.Node) -> str:
-        value = node.meta["val"]
-        tokens, few = math.prod(concrete(value)[:-1]), FEW_TOKENS.get(value.dtype, 0)
+        tokens, few = math.prod(concrete(node)[:-1]), FEW_TOKENS.get(node.meta["val"].dtype, 0)
         return f"{tokens} tokens share its weights: only a timing can tell" if tokens > few else ""
 
     def pack(self, weight: Tensor, groups: Sequence[NDArray[np.int64]] | None = None) -> NM:

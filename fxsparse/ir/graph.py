@@ -56,11 +56,6 @@ def free_name(gm: nn.Module, name: str) -> str:
     return candidate
 
 
-def concrete(value: Tensor, batch: int = 1) -> list[int]:
-    """The sizes of a fake tensor with `batch` for the symbolic ones."""
-    return [size if isinstance(size, int) else batch for size in value.shape]
-
-
 def input_devices(gm: fx.GraphModule) -> set[torch.device]:
     """Where the inputs are, as their fake values say."""
     values = [n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"]

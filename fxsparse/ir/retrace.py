@@ -17,6 +17,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fxsparse.ir.capture import draws, drop_assertions
 from fxsparse.ir.graph import arg, aten, clone, free_name, operator_name, owner, set_tensor
+from fxsparse.ir.symbols import symbolic_dims
 
 _RUNNING = ("running_mean", "running_var")
 _TRAINING_NORM = ("_native_batch_norm_legit_functional", "_native_batch_norm_legit")
@@ -59,8 +60,8 @@ class Retraced:
 
     @property
     def dynamic(self) -> list[bool]:
-        """For each placeholder: is it a tensor with a symbolic dimension 0."""
-        return [bool(_symbolic(n.meta["val"])) for n in _placeholders(self.gm)]
+        """For each placeholder: is it a tensor with a symbolic size."""
+        return [bool(symbolic_dims(n)) for n in _placeholders(self.gm)]
 
     @property
     def running(self) -> set[int]:
@@ -230,43 +231,33 @@ def _refuse(gm: fx.GraphModule) -> None:
 
 
 def _refuse_symbols(inputs: Sequence[fx.Node]) -> None:
-    """The analysis looks at one sample: one symbolic size, that of the batch, in dimension 0."""
-    batches = set()
-    for node in inputs:
-        value = node.meta["val"]
-        if isinstance(value, Tensor):
-            batches |= {str(size) for size in value.shape[:1] if not isinstance(size, int)}
-            if any(not isinstance(size, int) for size in value.shape[1:]):
-                raise Unfit(f"{_described(value)} has a symbolic size that is not the batch: torch.compile(dynamic="
-                            "False), or torch._dynamo.mark_static(x, dim), makes code for each size")  # fmt: skip
+    """The analysis looks at one sample: dimensions 0 of the inputs are one batch."""
+    batches = {str(node.meta["val"].shape[0]) for node in inputs if 0 in symbolic_dims(node)}
     if len(batches) > 1:
         raise Unfit(f"its inputs have {len(batches)} batch sizes, {', '.join(sorted(batches))}")
+    known = _where_sizes_are(inputs)
     for node in inputs:
         value = node.meta["val"]
-        if not isinstance(value, Tensor) and node.users and str(value) not in batches:
-            raise Unfit(f"it computes with the number {value}, which is no batch size of an input")
+        if not isinstance(value, Tensor) and node.users and str(value) not in known:
+            raise Unfit(f"it computes with the number {value}, which is no size of an input")
 
 
-def _described(value: Tensor) -> str:
-    return f"an input of shape ({', '.join(map(str, value.shape))})"
-
-
-def _symbolic(value: Any) -> bool:
-    return isinstance(value, Tensor) and any(not isinstance(size, int) for size in value.shape[:1])
+def _where_sizes_are(inputs: Sequence[fx.Node]) -> dict[str, tuple[fx.Node, int]]:
+    """An input and a dimension for each symbolic size of one."""
+    return {str(node.meta["val"].shape[dim]): (node, dim) for node in reversed(inputs) for dim in symbolic_dims(node)}
 
 
 def _sizes_from_shapes(gm: fx.GraphModule) -> None:
     """Dynamo passes a symbolic size as a number of its own; `capture` reads it from a tensor: so does this."""
     inputs = _placeholders(gm)
-    tensors = [n for n in inputs if _symbolic(n.meta["val"])]
+    sources = _where_sizes_are(inputs)
     for node in inputs:
         value = node.meta["val"]
         if isinstance(value, Tensor):
             continue
         if node.users:
-            source = next(n for n in tensors if str(n.meta["val"].shape[0]) == str(value))
             with gm.graph.inserting_after(inputs[-1]):
-                size = gm.graph.call_function(aten.sym_size.int, (source, 0))
+                size = gm.graph.call_function(aten.sym_size.int, sources[str(value)])
             size.meta["val"] = value
             node.replace_all_uses_with(size)
         gm.graph.erase_node(node)

@@ -18,6 +18,7 @@ from fxsparse.ir.bits import some
 from fxsparse.ir.facts import Facts
 from fxsparse.ir.graph import arg, aten, operator_name, owner
 from fxsparse.ir.layout import Layout
+from fxsparse.ir.symbols import rank_of
 from fxsparse.rules.rule import Rule, Sample, run, tie_leading, vjp
 
 
@@ -31,6 +32,9 @@ class Contraction(Rule):
     def bias(self, node: fx.Node) -> fx.Node | None:
         """The added vector, if any."""
         return None
+
+    def mixed(self, node: fx.Node, rank: int) -> list[int]:
+        return [rank - 1]
 
     def unknown(self, node: fx.Node, facts: Facts) -> Tensor:
         x, w = self.operands(node)
@@ -73,6 +77,9 @@ class Convolution(Contraction):
     def bias(self, node: fx.Node) -> fx.Node | None:
         bias = arg(node, "bias")
         return bias if isinstance(bias, fx.Node) else None
+
+    def mixed(self, node: fx.Node, rank: int) -> list[int]:
+        return list(range(rank - rank_of(self.operands(node)[1]) + 2, rank))
 
     def couple(self, node: fx.Node, facts: Facts, layout: Layout) -> None:
         x, w = self.operands(node)

@@ -103,7 +103,7 @@ class Movement(Rule):
 
     def _pin_symbolic(self, node: fx.Node, layout: Layout, cause: str) -> None:
         """A size that is computed at run time (the batch) is not ours to rewrite."""
-        sizes = node.args[1] if node.target in _SIZED else []
+        sizes = node.args[1] if node.target in SIZED else []
         for dim, size in enumerate(cast("list[object]", sizes)):
             if isinstance(size, fx.Node):
                 layout.pin(node, cause, [dim])
@@ -180,7 +180,8 @@ def _new_padding(node: fx.Node, layout: Layout) -> dict[str, Any]:
     return {"pad": new} if new != pads else {}
 
 
-_SIZED = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.expand.default, aten.repeat.default)
+RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints)
+SIZED = (*RESHAPES[:3], aten.expand.default, aten.repeat.default)
 _REWRITE: dict[Any, Any] = {
     aten.view.default: _new_sizes,
     aten._unsafe_view.default: _new_sizes,

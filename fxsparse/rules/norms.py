@@ -59,25 +59,24 @@ class Mixing(Rule):
 
     ops: tuple[Any, ...] = (aten.softmax.int, aten._softmax.default, aten.log_softmax.int, aten.cumsum.default)
 
-    def dims(self, node: fx.Node, rank: int) -> list[int]:
-        """The dimensions that are mixed."""
+    def mixed(self, node: fx.Node, rank: int) -> list[int]:
         return [arg(node, "dim") % rank]
 
     def unknown(self, node: fx.Node, facts: Facts) -> Tensor:
         if _computed_weights(node, facts):
             return super().unknown(node, facts)
         x = facts.unknown[node.args[0]]  # type: ignore[index]
-        return any_along(x, self.dims(node, x.dim()), keepdim=True).expand_as(x)
+        return any_along(x, self.mixed(node, x.dim()), keepdim=True).expand_as(x)
 
     def demand(self, node: fx.Node, facts: Facts, demanded: Tensor) -> Mapping[fx.Node, Tensor]:
         weights = {n: torch.ones_like(facts.unknown[n]) for n in node.all_input_nodes}
-        mixed = any_along(demanded, self.dims(node, demanded.dim()), keepdim=True).expand_as(demanded)
+        mixed = any_along(demanded, self.mixed(node, demanded.dim()), keepdim=True).expand_as(demanded)
         return {**weights, node.args[0]: mixed}  # type: ignore[dict-item]
 
     def couple(self, node: fx.Node, facts: Facts, layout: Layout) -> None:
         x: Any = node.args[0]
         rank = len(layout.kept[node])
-        mixed = self.dims(node, rank)
+        mixed = self.mixed(node, rank)
         cause = f"{operator_name(node)} ({owner(node)}) needs its whole dimension"
         for n in (x, node):
             layout.pin(n, cause, mixed)
@@ -96,7 +95,7 @@ class LayerNorm(Mixing):
 
     ops = (aten.layer_norm.default, aten.rms_norm.default)
 
-    def dims(self, node: fx.Node, rank: int) -> list[int]:
+    def mixed(self, node: fx.Node, rank: int) -> list[int]:
         return list(range(rank - len(arg(node, "normalized_shape")), rank))
 
     def samples(self) -> Iterable[Sample]:
@@ -110,7 +109,7 @@ class GroupNorm(Mixing):
 
     ops = (aten.group_norm.default,)
 
-    def dims(self, node: fx.Node, rank: int) -> list[int]:
+    def mixed(self, node: fx.Node, rank: int) -> list[int]:
         return list(range(1, rank))
 
     def samples(self) -> Iterable[Sample]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
-from fxsparse.ir.graph import aten
-from fxsparse.rules.movement import Movement
-from fxsparse.rules.norms import Mixing
+from fxsparse.ir.graph import arg, aten
+from fxsparse.ir.symbols import keeps_places, rank_of, reads_a_size, symbolic_dims
+from fxsparse.rules.movement import RESHAPES, SIZED, Movement
 from fxsparse.rules.rule import Rule
 
 _ROOM = __name__.rpartition(".")[0] + "."
@@ -42,33 +41,41 @@ _DEFAULT = Rule()
 def rule_of(node: fx.Node, rules: Mapping[Any, Rule] = RULES) -> Rule:
     """The rule for a node, or the default, which claims nothing.
 
-    The default is for operators without a rule, and for results that depend on the size of the batch: the analysis
-    looks at one sample.
+    The default is for operators without a rule, and for results that depend on a symbolic size: the analysis looks at
+    one sample, and at one size of each kind.
     """
     rule = rules.get(node.target, _DEFAULT)
-    return _DEFAULT if _depends_on_batch(node, rule) else rule
+    return _DEFAULT if _depends_on_size(node, rule) else rule
 
 
-def _depends_on_batch(node: fx.Node, rule: Rule) -> bool:
-    """It reads a symbolic size (other than as a shape), or mixes samples: a dimension with a symbolic size is lost."""
-    if isinstance(rule, Movement):
-        return _takes_samples_apart(node)
-    if any(isinstance(n.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool) for n in node.all_input_nodes):
-        return True
-    symbolic = _symbolic(node)
-    if isinstance(rule, Mixing) and any(symbolic[dim] for dim in rule.dims(node, len(symbolic))):
-        return True
-    return any(sum(_symbolic(n)) > sum(symbolic) for n in node.all_input_nodes)
-
-
-def _takes_samples_apart(node: fx.Node) -> bool:
-    """Slices and selections along a symbolic dimension: of one sample they may leave nothing."""
+def _depends_on_size(node: fx.Node, rule: Rule) -> bool:
+    """It reads a symbolic size (other than as a shape), or mixes positions along a dimension of such a size."""
     source = node.all_input_nodes[0] if node.all_input_nodes else node
-    dims = [node.args[1]] if node.target in (aten.slice.Tensor, aten.select.int) and len(node.args) > 1 else []
-    symbolic = _symbolic(source)
-    return any(isinstance(d, int) and symbolic[d] for d in dims)
+    if isinstance(rule, Movement):
+        return _takes_apart(node, source)
+    if rule.at_any_size:
+        return reads_a_size(node)
+    symbolic = symbolic_dims(source)
+    if reads_a_size(node) or (symbolic and any(dim in symbolic for dim in rule.mixed(node, rank_of(source)))):
+        return True
+    return any(len(symbolic_dims(n)) > len(symbolic_dims(node)) for n in node.all_input_nodes)
 
 
-def _symbolic(node: fx.Node) -> list[bool]:
-    value = node.meta.get("val")
-    return [not isinstance(size, int) for size in value.shape] if isinstance(value, torch.Tensor) else []
+def _takes_apart(node: fx.Node, source: fx.Node) -> bool:
+    """Movement that does not treat all positions alike: slices along a symbolic dimension, reshapes across one."""
+    before, after = (n.meta["val"].shape if rank_of(n) else () for n in (source, node))
+    if node.target in RESHAPES:
+        return not keeps_places(before, after)
+    if node.target in (aten.slice.Tensor, aten.select.int):
+        dim = arg(node, "dim")
+        return reads_a_size(node) or (
+            dim % rank_of(source) in symbolic_dims(source) and not _whole(node, before, after)
+        )
+    return node.target not in SIZED and reads_a_size(node)
+
+
+def _whole(node: fx.Node, before: Sequence[Any], after: Sequence[Any]) -> bool:
+    """x[:], which traces leave behind."""
+    return (
+        node.target is aten.slice.Tensor and arg(node, "step") == 1 and list(map(str, before)) == list(map(str, after))
+    )

@@ -34,6 +34,14 @@ class Rule:
     """
 
     ops: tuple[Any, ...] = ()
+    at_any_size: bool = False  # what it says holds whatever its symbolic sizes are, along all dimensions
+
+    def mixed(self, node: fx.Node, rank: int) -> Iterable[int]:
+        """Dimensions of the first input (of `rank`) along which an output depends on more than one position.
+
+        Where one has a symbolic size, the default takes the rule's place: what holds for one size may not for others.
+        """
+        return ()
 
     def unknown(self, node: fx.Node, facts: Facts) -> Tensor:
         """Bool of the output's shape: elements that depend on the input."""

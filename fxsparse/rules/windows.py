@@ -25,6 +25,9 @@ class AveragePool(Rule):
         aten.upsample_bilinear2d.vec,
     )  # fmt: skip
 
+    def mixed(self, node: fx.Node, rank: int) -> list[int]:
+        return list(range(rank - self.spatial, rank))
+
     def unknown(self, node: fx.Node, facts: Facts) -> Tensor:
         (x,) = [n for n in node.all_input_nodes if n in facts.unknown]
         return run(node, facts, {x: facts.unknown[x].float()}) > 0  # type: ignore[no-any-return]
@@ -80,26 +83,26 @@ class Reduction(Rule):
         aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.linalg_vector_norm.default,
     )  # fmt: skip
 
-    def _dims(self, node: fx.Node, rank: int) -> list[int]:
+    def mixed(self, node: fx.Node, rank: int) -> list[int]:
         dims = arg(node, "dim")
         dims = [dims] if isinstance(dims, int) else dims
         return sorted({d % rank for d in dims}) if dims else list(range(rank))
 
     def unknown(self, node: fx.Node, facts: Facts) -> Tensor:
         (x,) = [n for n in node.all_input_nodes if n in facts.unknown]
-        dims = self._dims(node, facts.unknown[x].dim())
+        dims = self.mixed(node, facts.unknown[x].dim())
         return any_along(facts.unknown[x], dims, keepdim=bool(arg(node, "keepdim")))
 
     def demand(self, node: fx.Node, facts: Facts, demanded: Tensor) -> Mapping[fx.Node, Tensor]:
         (x,) = [n for n in node.all_input_nodes if n in facts.unknown]
         if not arg(node, "keepdim"):
-            for dim in self._dims(node, facts.unknown[x].dim()):
+            for dim in self.mixed(node, facts.unknown[x].dim()):
                 demanded = demanded.unsqueeze(dim)
         return {x: demanded.expand_as(facts.unknown[x])}
 
     def couple(self, node: fx.Node, facts: Facts, layout: Layout) -> None:
         (x,) = [n for n in node.all_input_nodes if n in layout.kept]
-        reduced = self._dims(node, len(layout.kept[x]))
+        reduced = self.mixed(node, len(layout.kept[x]))
         layout.pin(x, f"{node.name} divides by or reduces over the whole dimension", reduced)
         kept = [d for d in range(len(layout.kept[x])) if d not in reduced]
         if arg(node, "keepdim"):

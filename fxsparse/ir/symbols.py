@@ -1,0 +1,129 @@
+"""Symbolic sizes: the batch, and others that torch.compile leaves open. Facts hold for every value they can take.
+
+The analysis runs at one size. What it finds is true at all of them, since it says the same of every position along a
+symbolic dimension (`evenly`), and rules that mix positions there do not count (`rules/registry.py`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import sympy  # type: ignore[import-untyped]
+import torch
+from torch import Tensor, fx
+
+from fxsparse.errors import CaptureError
+from fxsparse.ir.bits import any_along
+from fxsparse.ir.graph import aten
+
+# What they give lies along a dimension in their own order: positions of one remainder have nothing in common.
+_JOINS = (
+    aten.cat.default, aten.constant_pad_nd.default, aten.repeat.default, aten.roll.default, aten.flip.default,
+)  # fmt: skip
+
+
+def symbolic_dims(node: fx.Node) -> list[int]:
+    """Dimensions of a node's value whose size is symbolic."""
+    return [dim for dim, size in enumerate(_shape(node)) if not isinstance(size, int)]
+
+
+def rank_of(node: fx.Node) -> int:
+    """The number of dimensions of a node's value; 0 where it is no tensor."""
+    return len(_shape(node))
+
+
+def reads_a_size(node: fx.Node) -> bool:
+    """Whether a symbolic number is among the node's arguments."""
+    numbers = (torch.SymInt, torch.SymFloat, torch.SymBool)
+    return any(isinstance(n.meta.get("val"), numbers) for n in node.all_input_nodes)
+
+
+def concrete(node: fx.Node, batch: int = 1, more: int = 0) -> list[int]:
+    """The sizes of a node's value at `batch` samples, all other symbolic sizes `more` than the example's.
+
+    The batch is what lies in dimension 0 of the graph's inputs. Raises CaptureError for a size that does not follow
+    from those of the inputs.
+    """
+    return [size if isinstance(size, int) else _at(size, node, batch, more) for size in _shape(node)]
+
+
+def _at(size: Any, node: fx.Node, batch: int, more: int) -> int:
+    values: dict[Any, Any] = {}
+    for shape in map(_shape, node.graph.find_nodes(op="placeholder")):
+        for dim, s in enumerate(shape):
+            if not isinstance(s, int) and s.node.expr.is_symbol and (dim == 0 or s.node.expr not in values):
+                values[s.node.expr] = sympy.Integer(s.node.hint + more if dim else batch)
+    found = size.node.expr.xreplace(values)
+    if not found.is_number:
+        raise CaptureError(f"size of {node.name}", expected="one that follows from the inputs' sizes", got=str(size),
+                           do="Compile for one size: dynamic_batch=False, or dynamic=False.")  # fmt: skip
+    return int(found)
+
+
+def _shape(node: fx.Node) -> Sequence[Any]:
+    value = node.meta.get("val")
+    return value.shape if isinstance(value, Tensor) else ()
+
+
+def evenly(node: fx.Node, bits: Tensor) -> Tensor:
+    """`bits` of the node's value with, along symbolic dimensions, each one set wherever one of its kind is."""
+    for dim, inner in _units(node):
+        if bits.shape[dim] > inner:
+            parts = bits.unflatten(dim, (-1, inner))
+            bits = any_along(parts, dim, keepdim=True).expand_as(parts).flatten(dim, dim + 1)
+    return bits
+
+
+def varies(node: fx.Node, value: Tensor) -> Tensor:
+    """Bool of the value's shape: where another value lies at a position of the same kind."""
+    found = torch.zeros_like(value, dtype=torch.bool)
+    for dim, inner in _units(node):
+        if value.shape[dim] > inner:
+            parts = value.unflatten(dim, (-1, inner))
+            found |= (parts != parts.narrow(dim, 0, 1)).flatten(dim, dim + 1)
+    return evenly(node, found)
+
+
+def _units(node: fx.Node) -> list[tuple[int, int]]:
+    """(dimension, k): positions i and j of a symbolic dimension are of one kind when i = j modulo k.
+
+    A size of 8 * b comes from dimensions b and 8, in this order: what is known of the 8 stays.
+    """
+    joins = node.target in _JOINS
+    return [(dim, 1 if joins else _known([_shape(node)[dim].node.expr])) for dim in symbolic_dims(node)]
+
+
+def keeps_places(before: Sequence[Any], after: Sequence[Any]) -> bool:
+    """Whether, in a reshape from `before` to `after`, known sizes keep their strides whatever the symbolic ones are.
+
+    [b, 8, s] -> [8 * b, s] does so; [b, 8, s] -> [b, 8 * s], [b, s] -> [b, s / 4, 4] and [s, 8] -> [8, s] do not.
+    """
+    left, right = _expressions(before), _expressions(after)
+    ends = {product: i for i, product in enumerate(itertools.accumulate(left, operator.mul), 1)}
+    i = j = 0
+    for end, product in enumerate(itertools.accumulate(right, operator.mul), 1):
+        if product in ends:  # as many elements on both sides: what follows is a reshape of its own
+            parts = left[i : ends[product]], right[j:end]
+            if not all(map(_known_inside, parts)) or _known(parts[0]) != _known(parts[1]):
+                return False
+            i, j = ends[product], end
+    return i == len(left) and j == len(right)
+
+
+def _expressions(sizes: Sequence[Any]) -> list[sympy.Expr]:
+    found = [sympy.Integer(size) if isinstance(size, int) else size.node.expr for size in sizes]
+    return [size for size in found if size != 1]
+
+
+def _known(sizes: Sequence[sympy.Expr]) -> int:
+    return math.prod(int(abs(size.as_coeff_Mul()[0])) for size in sizes)
+
+
+def _known_inside(sizes: Sequence[sympy.Expr]) -> bool:
+    """No symbolic size lies behind a known one."""
+    known = [_known([size]) > 1 for size in sizes]
+    return not any(known[i] and not sizes[i + 1].is_number for i in range(len(sizes) - 1))

@@ -1,0 +1,176 @@
+"""Symbolic sizes: what is found at one length of a sequence holds at every other."""
+
+import copy
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import sympy  # type: ignore[import-untyped]
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from fxsparse import Masks
+from fxsparse.dynamo import backend
+from fxsparse.errors import CaptureError
+from fxsparse.ir.symbols import concrete, keeps_places, symbolic_dims
+
+if "fxsparse" not in torch._dynamo.list_backends():  # an installed fxsparse has its entry point
+    torch._dynamo.register_backend(backend, "fxsparse")
+
+DIM, WIDE = 8, 12
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+
+
+class Net(nn.Module):
+    """Tokens [B, S, 8] -> [B, S, 12], something in the middle, -> [..., 5]; half of the 12 are constants."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], features: int = WIDE) -> None:
+        super().__init__()
+        self.a, self.b, self.between = nn.Linear(DIM, WIDE), nn.Linear(features, 5), between
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.between(torch.relu(self.a(x))))
+
+
+def at_every_size(model: nn.Module, masks: dict[str, Tensor], sizes: Any, **options: Any) -> list[Any]:
+    """Compiled once for all sizes; the same as the masked model, and the reports."""
+    reports: list[Any] = []
+    given = {"masks": masks, "target": "eager", "measure": False, "on_report": reports.append, **options}
+    plain = copy.deepcopy(model)
+    Masks(masks).apply_(plain)
+    fast = torch.compile(model, backend="fxsparse", options=given, dynamic=True)
+    for shape in sizes:
+        x = torch.randn(*shape, DIM, dtype=torch.float64)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), plain(x), rtol=1e-10, atol=1e-12)
+    return reports
+
+
+def half(model: nn.Module) -> dict[str, Tensor]:
+    mask = torch.ones_like(model.a.weight, dtype=torch.bool)
+    mask[::2] = False  # the biases stay: these channels are constants
+    return {"a.weight": mask}
+
+
+SIZES = ((2, 6), (3, 9), (5, 2), (2, 17), (7, 4))
+KEPT = {  # what leaves every position to itself: the constants go
+    "nothing": lambda x: x,
+    "more batch": lambda x: x.flatten(0, 1),
+    "heads": lambda x: x.view(*x.shape[:2], 3, 4).transpose(1, 2).flatten(0, 1).sigmoid().view(x.shape[0], 3, -1, 4)
+    .transpose(1, 2).flatten(2),
+    "all of it": lambda x: x[:, :] + torch.zeros(x.shape[0], x.shape[1], 1, dtype=x.dtype),
+    "twice": lambda x: torch.cat([x, x], 1),
+    "reversed": lambda x: x.flip(1),
+    "scaled": lambda x: x * torch.full((x.shape[1], 1), 2.0, dtype=x.dtype),
+}  # fmt: skip
+MIXED = {  # what does not: nothing may be taken for a constant
+    "running sums": lambda x: x.cumsum(1),
+    "mean": lambda x: x - x.mean(1, keepdim=True),
+    "sum": lambda x: x.sum(1),
+    "softmax": lambda x: x.softmax(1),
+    "shifted": lambda x: F.pad(x, (0, 0, 1, 0))[:, :-1],
+    "padded": lambda x: F.pad(x, (0, 0, 2, 2)),
+    "both ends": lambda x: F.pad(x, (0, 0, 2, 0)) * F.pad(x, (0, 0, 0, 2)),
+    "last": lambda x: x[:, -1],
+    "numbered": lambda x: x + torch.arange(x.shape[1], dtype=x.dtype).unsqueeze(1),
+    "length": lambda x: x * x.shape[1],
+    "filled with the length": lambda x: x + torch.full((1, 1), x.shape[1], dtype=x.dtype),
+    "causal": lambda x: torch.ones(x.shape[1], x.shape[1], dtype=x.dtype).tril() @ x,
+    "positions": lambda x: x + torch.linspace(0, 1, 64 * WIDE, dtype=x.dtype).view(64, WIDE)[: x.shape[1]],
+    "joined": lambda x: torch.cat([x, torch.zeros_like(x)], 1),
+    "joined, then apart": lambda x: torch.cat([x, torch.zeros_like(x)], 1).view(x.shape[0], -1, 2, WIDE)[:, :, 1],
+    "samples joined, then apart": lambda x: torch.cat([x, torch.zeros_like(x)]).view(-1, 2, x.shape[1], WIDE)[:, 1],
+    "across": lambda x: x.reshape(x.shape[0], WIDE, x.shape[1]).transpose(1, 2),
+    "across samples": lambda x: x.transpose(0, 1).reshape(x.shape),
+    "convolved": lambda x: F.conv1d(x.transpose(1, 2), torch.ones(WIDE, 1, 3).to(x), padding=1, groups=WIDE)
+    .transpose(1, 2),
+    "pooled": lambda x: F.avg_pool1d(x.transpose(1, 2), 3, 1, 1).transpose(1, 2),
+    "attention": lambda x: F.scaled_dot_product_attention(x, x, x),
+    "attention by hand": lambda x: (x @ x.transpose(1, 2)).softmax(-1) @ x,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*KEPT, *MIXED])
+def test_what_is_found_at_one_size_holds_at_others(name: str) -> None:
+    model = Net({**KEPT, **MIXED}[name])
+    reports = at_every_size(model, half(model), SIZES)
+    assert reports
+    if name in KEPT:
+        assert len(reports) == 1  # one build for every size
+        assert {r.name: r.rows_removed for r in reports[0].rows}["a.weight"] == 6
+
+
+def test_generated_code_serves_every_size() -> None:
+    model = Net(KEPT["heads"]).float()
+    reports: list[Any] = []
+    plain = copy.deepcopy(model)
+    Masks(half(model)).apply_(plain)
+    options = {"masks": half(model), "on_report": reports.append}
+    fast = torch.compile(model, backend="fxsparse", options=options, dynamic=True)
+    for shape in SIZES:
+        x = torch.randn(*shape, DIM)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), plain(x), rtol=1e-4, atol=1e-5)
+    (report,) = reports
+    assert report.dense_ms is not None
+
+
+def test_a_size_that_is_bounded_is_tried_below(caplog: pytest.LogCaptureFixture) -> None:
+    table = nn.Embedding(6, WIDE).double()
+
+    class Positions(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x)) + table(torch.arange(x.shape[1])))
+
+    model = Positions(KEPT["nothing"])
+    assert len(at_every_size(model, half(model), ((2, 6), (3, 4)))) == 1  # one more position would be out of range
+    assert "dense" not in caplog.text
+
+
+def sizes(text: str) -> list[Any]:
+    """Sizes as they are in a fake tensor's shape."""
+    found = [sympy.sympify(size) for size in text.split(",")]
+    return [int(e) if e.is_number else SimpleNamespace(node=SimpleNamespace(expr=e)) for e in found]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "keeps"),
+    [
+        ("b,s,8", "b*s,8", True), ("b*s,8", "b,s,8", True), ("b,8,s,4", "b*8,s,4", True), ("b,s,8", "b,s,2,4", True),
+        ("b,s,8", "b,s*8", True), ("b,s,6", "b,1,s,2,3", True), ("b*8,s", "b,8,s", True), ("s,8", "1,s*8", True),
+        ("b,8,s", "b,8*s", False), ("b,s,8", "b,8,s", False), ("b,8", "8,b", False), ("8,b", "b,8", False),
+        ("b*s,8", "s,b*8", True), ("2*s,8", "2,s,8", False), ("b,s,8", "b,8*s,1", True), ("b*8,s", "8,b,s", False),
+    ],
+)  # fmt: skip
+def test_which_reshapes_keep_places(before: str, after: str, keeps: bool) -> None:
+    assert keeps_places(sizes(before), sizes(after)) == keeps
+
+
+def test_sizes_follow_from_those_of_the_inputs() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([x, x[:, :1]], 1).flatten(0, 1)
+
+    dims = ({0: torch.export.Dim("b", min=2), 1: torch.export.Dim("s", min=2)},)
+    gm: Any = torch.export.export(Two(), (torch.zeros(4, 5, 3),), dynamic_shapes=dims).run_decompositions({}).module()
+    last = next(n for n in reversed(gm.graph.nodes) if n.op == "call_function")
+    assert symbolic_dims(last) == [0]
+    assert concrete(last) == [6, 3]
+    assert concrete(last, batch=7, more=2) == [7 * 8, 3]
+    for node in gm.graph.find_nodes(op="placeholder"):
+        node.meta["val"] = None
+    with pytest.raises(CaptureError, match="follows from the inputs' sizes"):
+        concrete(last)
+
+
+def test_inputs_of_another_rank_have_no_symbolic_dimensions() -> None:
+    graph = fx.Graph()
+    assert symbolic_dims(graph.placeholder("x")) == []
