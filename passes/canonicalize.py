@@ -1,8 +1,11 @@
 """One dialect: every value is one tensor, weights are constants with one reader each.
 
 - inference batch norm (three results) becomes batch_norm (one)
-- split, split_with_sizes, chunk and unbind become slices and selections
-- dropout outside training, alias, detach, contiguous and no-op clones go
+- split, split_with_sizes, chunk, unbind and glu become slices and selections
+- dropout outside training, alias, detach, contiguous, no-op clones and slices of everything (in `x[:, 0]`) go
+- products with a stored matrix [in, out] become linear
+- padding with a constant has one form
+- batch and heads that attention merges and takes apart again are permuted instead
 - cat lets go of tensors that hold nothing (an empty cache)
 - view becomes reshape: once copies are gone its strides may not allow a view
 - what depends on no input is computed now (weight norm, transposed weights, attention masks)
@@ -14,7 +17,8 @@ All of it is exact. `shrink_channels` and the rules then need to know one form o
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -26,12 +30,21 @@ from fxsparse.ir.graph import (
     aten,
     free_name,
     get_tensor,
-    new_weight,
     operator_name,
     owner,
+    set_tensor,
 )
 from fxsparse.ir.symbols import rank_of, symbolic_dims
 from fxsparse.passes.context import Context
+from fxsparse.passes.forms import (
+    PRODUCTS,
+    is_product,
+    splits_heads,
+    write_glu,
+    write_heads,
+    write_linear,
+    write_padding,
+)
 
 _IDENTITY = (
     aten.dropout.default, aten.alias.default, aten.detach.default, aten.contiguous.default,
@@ -45,19 +58,34 @@ _LARGEST_CONSTANT_BYTES = 2**28  # computing a constant must not blow the model 
 
 def plan(gm: fx.GraphModule, ctx: Context) -> list[Decision]:
     """One decision per node to rewrite."""
-    decisions = [_decide(node) for node in gm.graph.nodes if node.op == "call_function"]
-    return [d for d in decisions if d is not None] + list(_constants(gm)) + list(_shared(gm))
+    constant = _constant_nodes(gm)
+    decisions = [_decide(node, constant) for node in gm.graph.nodes if node.op == "call_function"]
+    return [d for d in decisions if d is not None] + list(_constants(constant)) + list(_shared(gm))
 
 
 def apply(gm: fx.GraphModule, decision: Decision) -> None:
     """Carry out one decision."""
     rewrite = cast(Callable[[fx.GraphModule, fx.Node], None], decision.data["rewrite"])
-    rewrite(gm, decision.data["node"])
+    node = cast(fx.Node, decision.data["node"])
+    if not node._erased:  # with what another decision computed
+        rewrite(gm, node)
 
 
-def _decide(node: fx.Node) -> Decision | None:
+def _decide(node: fx.Node, constant: Collection[fx.Node]) -> Decision | None:
+    if node in constant:
+        return None
     if node.target in _IDENTITY and not _in_training(node) and not _lays_out(node):
         return _accept(node, f"drop {operator_name(node)}", "it is the identity at inference", _drop)
+    if node.target is aten.slice.Tensor and _takes_all(node):
+        return _accept(node, "drop slice", "it takes everything", _drop)
+    if node.target in PRODUCTS and is_product(node, constant):
+        return _accept(node, f"write {operator_name(node)} as linear", "its right side is a weight", _write_linear)
+    if node.target is aten.pad.default and arg(node, "mode") == "constant":
+        return _accept(node, "write pad as constant_pad_nd", "one form for one operator", write_padding)
+    if node.target is aten.glu.default and isinstance(node.meta["val"].shape[arg(node, "dim")], int):
+        return _accept(node, "write glu as a product", "its halves are channels of their own", write_glu)
+    if splits_heads(node):
+        return _accept(node, "permute batch and heads", "it does not merge them", write_heads)
     if node.target in _VIEW:
         return _accept(node, "write view as reshape", "it holds for any strides", _write_reshape)
     if node.target is _BATCH_NORM and all(_is_item(user) for user in node.users):
@@ -106,6 +134,15 @@ def _write_reshape(gm: fx.GraphModule, node: fx.Node) -> None:
     node.target = aten.reshape.default
 
 
+def _takes_all(node: fx.Node) -> bool:
+    start, end, step = (arg(node, name) for name in ("start", "end", "step"))
+    return start in (None, 0) and step == 1 and (end is None or (isinstance(end, int) and end >= sys.maxsize))
+
+
+def _write_linear(gm: fx.GraphModule, node: fx.Node) -> None:
+    _compute(gm, write_linear(gm, node))
+
+
 def _drop_nothing(gm: fx.GraphModule, node: fx.Node) -> None:
     tensors = cast("list[fx.Node]", node.args[0])
     node.args = ([n for n in tensors if not _is_nothing(n)] or tensors[:1], *node.args[1:])
@@ -144,24 +181,30 @@ def _write_slices(gm: fx.GraphModule, node: fx.Node) -> None:
     gm.graph.erase_node(node)
 
 
-def _constants(gm: fx.GraphModule) -> Iterator[Decision]:
-    """The last nodes of every sub-graph that reads weights only."""
-    constant: set[fx.Node] = {n for n in gm.graph.nodes if n.op == "get_attr"}
+def _constant_nodes(gm: fx.GraphModule) -> dict[fx.Node, None]:
+    """Weights, and what is computed from weights alone; in order."""
+    constant: dict[fx.Node, None] = dict.fromkeys(gm.graph.find_nodes(op="get_attr"))
     for node in gm.graph.nodes:
         if node.op == "call_function" and _is_constant(node, constant):
-            constant.add(node)
+            constant[node] = None
+    return constant
+
+
+def _constants(constant: Collection[fx.Node]) -> Iterator[Decision]:
+    """The last nodes of every sub-graph that reads weights only."""
     for node in constant:
-        last = any(user not in constant for user in node.users)
+        last = any(user not in constant for user in node.users) and isinstance(node.meta["val"], Tensor)
         if node.op == "call_function" and last and node.target not in _IDENTITY:
             yield _accept(node, "compute it now", "it depends on no input", _compute)
 
 
-def _is_constant(node: fx.Node, constant: set[fx.Node]) -> bool:
+def _is_constant(node: fx.Node, constant: Collection[fx.Node]) -> bool:
     value = node.meta.get("val")
-    if not isinstance(value, Tensor) or not all(isinstance(size, int) for size in value.shape):
+    parts: Sequence[Any] = value if isinstance(value, (tuple, list)) and value else [value]
+    if not all(isinstance(v, Tensor) and all(isinstance(size, int) for size in v.shape) for v in parts):
         return False
     pure = all(n in constant for n in node.all_input_nodes) and not _is_random(node)
-    return pure and value.numel() * value.element_size() <= _LARGEST_CONSTANT_BYTES
+    return pure and sum(v.numel() * v.element_size() for v in parts) <= _LARGEST_CONSTANT_BYTES
 
 
 def _is_random(node: fx.Node) -> bool:
@@ -169,38 +212,52 @@ def _is_random(node: fx.Node) -> bool:
 
 
 def _compute(gm: fx.GraphModule, node: fx.Node) -> None:
-    with torch.no_grad():
-        value = _evaluate(gm, node, {})
-    constant = new_weight(gm, node, _constant_name(gm, node), value.contiguous())
-    constant.meta["val"] = node.meta["val"]
+    made_of = _made_of(gm, node)
+    value = _evaluate(gm, made_of).contiguous()
+    name, inside = _constant_name(gm, made_of), {*made_of}
+    readers = {n for n in gm.graph.find_nodes(op="get_attr") if n.target == name}
+    replaces = readers <= inside and all(user in inside for n in made_of[:-1] for user in n.users)
+    name = name if replaces else free_name(gm, name)
+    set_tensor(gm, name, value)
+    with gm.graph.inserting_before(node):
+        constant = gm.graph.get_attr(name)
+    constant.meta.update({key: node.meta[key] for key in ("val", "nn_module_stack") if key in node.meta})
     node.replace_all_uses_with(constant)
-    gm.graph.erase_node(node)
+    for n in reversed(made_of):
+        if not n.users:
+            gm.graph.erase_node(n)
     _unshare(gm, constant)
 
 
-def _constant_name(gm: fx.GraphModule, node: fx.Node) -> str:
+def _constant_name(gm: fx.GraphModule, made_of: Sequence[fx.Node]) -> str:
     """The name of the largest tensor it is made of; `conv.weight` for what prune makes of `conv.weight_orig`."""
-    sources = [n for n in _ancestors(node) if n.op == "get_attr"]
+    sources = [str(n.target) for n in made_of if n.op == "get_attr"]
     if not sources:
-        return free_name(gm, f"{owner(node)}.{operator_name(node)}")
-    largest = max(sources, key=lambda n: (get_tensor(gm, str(n.target)).numel(), str(n.target).endswith("_orig")))
-    return free_name(gm, str(largest.target).removesuffix("_orig"))
+        return f"{owner(made_of[-1])}.{operator_name(made_of[-1])}"
+    largest = max(sources, key=lambda name: (get_tensor(gm, name).numel(), name.endswith("_orig")))
+    return largest.removesuffix("_orig")
 
 
-def _ancestors(node: fx.Node) -> Iterator[fx.Node]:
-    for n in node.all_input_nodes:
-        yield n
-        yield from _ancestors(n)
+def _made_of(gm: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
+    """The node and all that it is computed from, in order."""
+    found, left = {node}, [node]
+    while left:
+        new = [n for n in left.pop().all_input_nodes if n not in found]
+        found.update(new)
+        left += new
+    return [n for n in gm.graph.nodes if n in found]
 
 
-def _evaluate(gm: fx.GraphModule, node: fx.Node, done: dict[fx.Node, Any]) -> Tensor:
-    if node not in done:
-        if node.op == "get_attr":
-            done[node] = get_tensor(gm, str(node.target))
-        else:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _evaluate(gm, n, done))
-            done[node] = cast(Callable[..., Any], node.target)(*args, **kwargs)
-    return cast(Tensor, done[node])
+def _evaluate(gm: fx.GraphModule, nodes: Sequence[fx.Node]) -> Tensor:
+    done: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        for node in nodes:
+            if node.op == "get_attr":
+                done[node] = get_tensor(gm, str(node.target))
+            else:
+                args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: done[n])
+                done[node] = cast(Callable[..., Any], node.target)(*args, **kwargs)
+    return cast(Tensor, done[nodes[-1]])
 
 
 def _shared(gm: fx.GraphModule) -> Iterator[Decision]:

@@ -14,12 +14,13 @@ from torch import Tensor, fx, nn
 from fxsparse import Masks
 from fxsparse.dynamo import backend
 from fxsparse.errors import CaptureError
-from fxsparse.ir.symbols import concrete, keeps_places, symbolic_dims
+from fxsparse.ir.symbols import concrete, crossing_dims, symbolic_dims
 
 if "fxsparse" not in torch._dynamo.list_backends():  # an installed fxsparse has its entry point
     torch._dynamo.register_backend(backend, "fxsparse")
 
 DIM, WIDE = 8, 12
+ROWS = {"every second": slice(None, None, 2), "the first half": slice(0, WIDE // 2)}
 
 
 @pytest.fixture(autouse=True)
@@ -54,13 +55,19 @@ def at_every_size(model: nn.Module, masks: dict[str, Tensor], sizes: Any, **opti
     return reports
 
 
-def half(model: nn.Module) -> dict[str, Tensor]:
+def dead(model: nn.Module, rows: slice = ROWS["every second"]) -> dict[str, Tensor]:
     mask = torch.ones_like(model.a.weight, dtype=torch.bool)
-    mask[::2] = False  # the biases stay: these channels are constants
+    mask[rows] = False  # the biases stay: these channels are constants
     return {"a.weight": mask}
 
 
-SIZES = ((2, 6), (3, 9), (5, 2), (2, 17), (7, 4))
+SIZES = ((3, 2), (2, 6), (5, 9), (2, 17), (7, 4))
+
+
+def filled(value: float, x: Tensor) -> Tensor:
+    return torch.full((x.shape[0], x.shape[1], WIDE), value, dtype=x.dtype)
+
+
 KEPT = {  # what leaves every position to itself: the constants go
     "nothing": lambda x: x,
     "more batch": lambda x: x.flatten(0, 1),
@@ -80,15 +87,19 @@ MIXED = {  # what does not: nothing may be taken for a constant
     "padded": lambda x: F.pad(x, (0, 0, 2, 2)),
     "both ends": lambda x: F.pad(x, (0, 0, 2, 0)) * F.pad(x, (0, 0, 0, 2)),
     "last": lambda x: x[:, -1],
-    "numbered": lambda x: x + torch.arange(x.shape[1], dtype=x.dtype).unsqueeze(1),
+    "numbered": lambda x: x * torch.arange(x.shape[1], dtype=x.dtype).unsqueeze(1),
+    "samples numbered": lambda x: x * torch.arange(x.shape[0], dtype=x.dtype).view(-1, 1, 1),
     "length": lambda x: x * x.shape[1],
     "filled with the length": lambda x: x + torch.full((1, 1), x.shape[1], dtype=x.dtype),
     "causal": lambda x: torch.ones(x.shape[1], x.shape[1], dtype=x.dtype).tril() @ x,
     "positions": lambda x: x + torch.linspace(0, 1, 64 * WIDE, dtype=x.dtype).view(64, WIDE)[: x.shape[1]],
-    "joined": lambda x: torch.cat([x, torch.zeros_like(x)], 1),
-    "joined, then apart": lambda x: torch.cat([x, torch.zeros_like(x)], 1).view(x.shape[0], -1, 2, WIDE)[:, :, 1],
-    "samples joined, then apart": lambda x: torch.cat([x, torch.zeros_like(x)]).view(-1, 2, x.shape[1], WIDE)[:, 1],
+    "joined": lambda x: torch.cat([x, filled(0, x)], 1),
+    "joined, then apart": lambda x: torch.cat([x, filled(0, x)], 1).reshape(x.shape[0], -1, 2, WIDE)[:, :, 1],
+    "samples joined, then apart": lambda x: torch.cat([x, filled(0, x)]).view(-1, 2, x.shape[1], WIDE)[:, 1],
+    "two constants": lambda x: torch.cat([x, x], 1) * torch.cat([filled(0, x), filled(1, x)], 1),
     "across": lambda x: x.reshape(x.shape[0], WIDE, x.shape[1]).transpose(1, 2),
+    "across, then back": lambda x: x.reshape(x.shape[0], WIDE, x.shape[1])[:, ::2].reshape(x.shape[0], -1, WIDE // 2)
+    .repeat(1, 1, 2),
     "across samples": lambda x: x.transpose(0, 1).reshape(x.shape),
     "convolved": lambda x: F.conv1d(x.transpose(1, 2), torch.ones(WIDE, 1, 3).to(x), padding=1, groups=WIDE)
     .transpose(1, 2),
@@ -98,22 +109,40 @@ MIXED = {  # what does not: nothing may be taken for a constant
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("bias", [True, False], ids=["constants", "zeros"])
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("name", [*KEPT, *MIXED])
-def test_what_is_found_at_one_size_holds_at_others(name: str) -> None:
-    model = Net({**KEPT, **MIXED}[name])
-    reports = at_every_size(model, half(model), SIZES)
+def test_what_is_found_at_one_size_holds_at_others(name: str, rows: str, bias: bool) -> None:
+    model = Net({**KEPT, **MIXED}[name], WIDE)
+    with torch.no_grad():
+        model.a.bias.mul_(bias)
+    reports = at_every_size(model, dead(model, ROWS[rows]), SIZES)
     assert reports
     if name in KEPT:
         assert len(reports) == 1  # one build for every size
-        assert {r.name: r.rows_removed for r in reports[0].rows}["a.weight"] == 6
+        whole_heads = name == "heads" and rows == "the first half"  # one and a half of three are no heads of one size
+        assert {r.name: r.rows_removed for r in reports[0].rows}["a.weight"] == (0 if whole_heads else WIDE // 2)
+
+
+def test_samples_are_not_taken_for_channels() -> None:
+    """[B, 8] -> [8, B]: at one sample, every channel would keep its place."""
+    model = nn.Sequential(nn.Linear(DIM, DIM), Turned(), nn.Linear(DIM, 5)).double().eval()
+    mask = torch.ones(DIM, DIM, dtype=torch.bool)
+    mask[::2] = False
+    at_every_size(model, {"0.weight": mask}, [(n,) for n in (2, 3, 8, 5)])
+
+
+class Turned(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x).reshape(DIM, x.shape[0]).t()
 
 
 def test_generated_code_serves_every_size() -> None:
     model = Net(KEPT["heads"]).float()
     reports: list[Any] = []
     plain = copy.deepcopy(model)
-    Masks(half(model)).apply_(plain)
-    options = {"masks": half(model), "on_report": reports.append}
+    Masks(dead(model)).apply_(plain)
+    options = {"masks": dead(model), "on_report": reports.append}
     fast = torch.compile(model, backend="fxsparse", options=options, dynamic=True)
     for shape in SIZES:
         x = torch.randn(*shape, DIM)
@@ -131,7 +160,7 @@ def test_a_size_that_is_bounded_is_tried_below(caplog: pytest.LogCaptureFixture)
             return self.b(torch.relu(self.a(x)) + table(torch.arange(x.shape[1])))
 
     model = Positions(KEPT["nothing"])
-    assert len(at_every_size(model, half(model), ((2, 6), (3, 4)))) == 1  # one more position would be out of range
+    assert len(at_every_size(model, dead(model), ((2, 6), (3, 4)))) == 1  # one more position would be out of range
     assert "dense" not in caplog.text
 
 
@@ -142,16 +171,21 @@ def sizes(text: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "keeps"),
+    ("before", "after", "crossing"),
     [
-        ("b,s,8", "b*s,8", True), ("b*s,8", "b,s,8", True), ("b,8,s,4", "b*8,s,4", True), ("b,s,8", "b,s,2,4", True),
-        ("b,s,8", "b,s*8", True), ("b,s,6", "b,1,s,2,3", True), ("b*8,s", "b,8,s", True), ("s,8", "1,s*8", True),
-        ("b,8,s", "b,8*s", False), ("b,s,8", "b,8,s", False), ("b,8", "8,b", False), ("8,b", "b,8", False),
-        ("b*s,8", "s,b*8", True), ("2*s,8", "2,s,8", False), ("b,s,8", "b,8*s,1", True), ("b*8,s", "8,b,s", False),
+        ("b,s,8", "b*s,8", ([], [])), ("b*s,8", "b,s,8", ([], [])), ("b,8,s,4", "b*8,s,4", ([], [])),
+        ("b,s,8", "b,s,2,4", ([], [])), ("b,s,8", "b,s*8", ([], [])), ("b,s,6", "b,1,s,2,3", ([], [])),
+        ("b*8,s", "b,8,s", ([], [])), ("s,8", "1,s*8", ([], [])), ("b,s,8", "b,8*s,1", ([], [])),
+        ("b*s,8", "s,b*8", ([], [])), ("b,8,s", "b,8*s", ([1, 2], [1])), ("b,s,8", "b,8,s", ([1, 2], [1, 2])),
+        ("b,8", "8,b", ([0, 1], [0, 1])), ("8,b", "b,8", ([0, 1], [0, 1])), ("2*s,8", "2,s,8", ([0], [0, 1])),
+        ("b*8,s", "8,b,s", ([0], [0, 1])), ("7,b,2,4", "7*b,8", ([0, 1], [0])), ("b,s,8", "b,s/4,4,8", ([1], [1, 2])),
+        ("b,s,6", "b,s/4,24", ([1, 2], [1, 2])),
     ],
 )  # fmt: skip
-def test_which_reshapes_keep_places(before: str, after: str, keeps: bool) -> None:
-    assert keeps_places(sizes(before), sizes(after)) == keeps
+def test_which_reshapes_mix_known_and_open_sizes(
+    before: str, after: str, crossing: tuple[list[int], list[int]]
+) -> None:
+    assert crossing_dims(sizes(before), sizes(after)) == crossing
 
 
 def test_sizes_follow_from_those_of_the_inputs() -> None:

@@ -53,18 +53,36 @@ def masked_output(model: nn.Module, masks: Masks, args: tuple[Any, ...]) -> Any:
 
 @contextlib.contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module has its own attributes back.
+    """Evaluation mode inside; afterwards every module has its own attributes back, and these their contents.
 
-    Tracing runs the model's hooks on fake tensors: torch.nn.utils.prune and weight_norm would leave theirs behind.
+    Tracing runs the model on fake tensors: torch.nn.utils.prune and weight_norm would leave theirs behind, a model's
+    own caches would be full of them, and hooks that it adds to itself would be there twice.
     """
-    before = [(module, dict(module.__dict__)) for module in model.modules()]
+    contents: dict[int, tuple[Any, Any]] = {}
+    for module in model.modules():
+        _remember(module.__dict__, contents)
     try:
         _evaluate(model)
         yield
     finally:
-        for module, attributes in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
+        for container, before in contents.values():
+            _restore(container, before)
+
+
+def _remember(value: Any, contents: dict[int, tuple[Any, Any]]) -> None:
+    """Containers by id, each with a copy, and what lies in them. Tensors and modules are no containers here."""
+    if isinstance(value, (dict, list, set)) and id(value) not in contents:
+        contents[id(value)] = value, list(value.items()) if isinstance(value, dict) else list(value)
+    elif not isinstance(value, tuple):
+        return
+    for inner in value.values() if isinstance(value, dict) else value:
+        if isinstance(inner, (dict, list, set, tuple)):
+            _remember(inner, contents)
+
+
+def _restore(container: Any, before: list[Any]) -> None:
+    container.clear()
+    container.extend(before) if isinstance(container, list) else container.update(before)
 
 
 def _evaluate(model: nn.Module) -> None:

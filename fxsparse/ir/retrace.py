@@ -231,10 +231,6 @@ def _refuse(gm: fx.GraphModule) -> None:
 
 
 def _refuse_symbols(inputs: Sequence[fx.Node]) -> None:
-    """The analysis looks at one sample: dimensions 0 of the inputs are one batch."""
-    batches = {str(node.meta["val"].shape[0]) for node in inputs if 0 in symbolic_dims(node)}
-    if len(batches) > 1:
-        raise Unfit(f"its inputs have {len(batches)} batch sizes, {', '.join(sorted(batches))}")
     known = _where_sizes_are(inputs)
     for node in inputs:
         value = node.meta["val"]

@@ -20,9 +20,11 @@ from fxsparse.errors import CaptureError
 from fxsparse.ir.bits import any_along
 from fxsparse.ir.graph import aten
 
+RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints)
 # What they give lies along a dimension in their own order: positions of one remainder have nothing in common.
 _JOINS = (
-    aten.cat.default, aten.constant_pad_nd.default, aten.repeat.default, aten.roll.default, aten.flip.default,
+    aten.cat.default, aten.constant_pad_nd.default, aten.pad.default, aten.repeat.default, aten.roll.default,
+    aten.flip.default,
 )  # fmt: skip
 
 
@@ -45,23 +47,23 @@ def reads_a_size(node: fx.Node) -> bool:
 def concrete(node: fx.Node, batch: int = 1, more: int = 0) -> list[int]:
     """The sizes of a node's value at `batch` samples, all other symbolic sizes `more` than the example's.
 
-    The batch is what lies in dimension 0 of the graph's inputs. Raises CaptureError for a size that does not follow
-    from those of the inputs.
+    The batch is the first size in a dimension 0 of the inputs, and the others there that the example has equal: traces
+    may have a symbol for each input. Raises CaptureError for a size that does not follow from those of the inputs.
     """
     return [size if isinstance(size, int) else _at(size, node, batch, more) for size in _shape(node)]
 
 
 def _at(size: Any, node: fx.Node, batch: int, more: int) -> int:
-    values: dict[Any, Any] = {}
-    for shape in map(_shape, node.graph.find_nodes(op="placeholder")):
-        for dim, s in enumerate(shape):
-            if not isinstance(s, int) and s.node.expr.is_symbol and (dim == 0 or s.node.expr not in values):
-                values[s.node.expr] = sympy.Integer(s.node.hint + more if dim else batch)
-    found = size.node.expr.xreplace(values)
-    if not found.is_number:
+    shapes = [*map(_shape, node.graph.find_nodes(op="placeholder"))]
+    found = [(dim, s.node) for shape in shapes for dim, s in enumerate(shape) if not isinstance(s, int)]
+    samples = next((n.hint for dim, n in found if dim == 0), None)
+    values = {n.expr: sympy.Integer(n.hint + more) for _, n in found if n.expr.is_symbol}
+    values |= {n.expr: sympy.Integer(batch) for dim, n in found if dim == 0 and n.hint == samples}
+    at = size.node.expr.xreplace(values)
+    if not at.is_number:
         raise CaptureError(f"size of {node.name}", expected="one that follows from the inputs' sizes", got=str(size),
                            do="Compile for one size: dynamic_batch=False, or dynamic=False.")  # fmt: skip
-    return int(found)
+    return int(at)
 
 
 def _shape(node: fx.Node) -> Sequence[Any]:
@@ -78,6 +80,11 @@ def evenly(node: fx.Node, bits: Tensor) -> Tensor:
     return bits
 
 
+def whole(bits: Tensor, dims: list[int]) -> Tensor:
+    """`bits`, set at all positions along `dims` where one is."""
+    return any_along(bits, dims, keepdim=True).expand_as(bits)
+
+
 def varies(node: fx.Node, value: Tensor) -> Tensor:
     """Bool of the value's shape: where another value lies at a position of the same kind."""
     found = torch.zeros_like(value, dtype=torch.bool)
@@ -89,41 +96,58 @@ def varies(node: fx.Node, value: Tensor) -> Tensor:
 
 
 def _units(node: fx.Node) -> list[tuple[int, int]]:
-    """(dimension, k): positions i and j of a symbolic dimension are of one kind when i = j modulo k.
+    """(dimension, k): positions i and j of it are of one kind when i = j modulo k.
 
     A size of 8 * b comes from dimensions b and 8, in this order: what is known of the 8 stays.
     """
-    joins = node.target in _JOINS
-    return [(dim, 1 if joins else _known([_shape(node)[dim].node.expr])) for dim in symbolic_dims(node)]
+    mixed = crossing(node)[1]
+    units = [
+        (dim, 1 if node.target in _JOINS else _known([_shape(node)[dim].node.expr])) for dim in symbolic_dims(node)
+    ]
+    return [*((dim, 1) for dim in mixed), *(unit for unit in units if unit[0] not in mixed)]
 
 
-def keeps_places(before: Sequence[Any], after: Sequence[Any]) -> bool:
-    """Whether, in a reshape from `before` to `after`, known sizes keep their strides whatever the symbolic ones are.
+def crossing(node: fx.Node) -> tuple[list[int], list[int]]:
+    """Dimensions before and after a reshape whose strides depend on symbolic sizes; none for all other nodes."""
+    if node.target not in RESHAPES or not symbolic_dims(node):
+        return [], []
+    return crossing_dims(_shape(node.all_input_nodes[0]), _shape(node))
 
-    [b, 8, s] -> [8 * b, s] does so; [b, 8, s] -> [b, 8 * s], [b, s] -> [b, s / 4, 4] and [s, 8] -> [8, s] do not.
+
+def crossing_dims(before: Sequence[Any], after: Sequence[Any]) -> tuple[list[int], list[int]]:
+    """Where, in a reshape from `before` to `after`, known sizes do not keep their strides for all symbolic ones.
+
+    Nowhere in [b, 8, s] -> [8 * b, s]; in all but the b of [b, 8, s] -> [b, 8 * s]; everywhere in [s, 8] -> [8, s].
     """
-    left, right = _expressions(before), _expressions(after)
+    left, right = map(_expressions, (before, after))
     ends = {product: i for i, product in enumerate(itertools.accumulate(left, operator.mul), 1)}
+    ends[sympy.Integer(1)] = 0
+    found: tuple[list[int], list[int]] = [], []
     i = j = 0
-    for end, product in enumerate(itertools.accumulate(right, operator.mul), 1):
-        if product in ends:  # as many elements on both sides: what follows is a reshape of its own
-            parts = left[i : ends[product]], right[j:end]
-            if not all(map(_known_inside, parts)) or _known(parts[0]) != _known(parts[1]):
-                return False
-            i, j = ends[product], end
-    return i == len(left) and j == len(right)
+    products = [*itertools.accumulate(right, operator.mul)]
+    for end, product in enumerate(products, 1):
+        last = end == len(products)
+        if product not in ends and not last:
+            continue
+        stop = len(left) if last else ends[product]
+        parts = left[i:stop], right[j:end]  # as many elements on both sides: a reshape of its own
+        if not all(map(_known_inside, parts)) or _known(parts[0]) != _known(parts[1]) or product not in ends:
+            found[0].extend(range(i, stop))
+            found[1].extend(range(j, end))
+        i, j = stop, end
+    return found
 
 
-def _expressions(sizes: Sequence[Any]) -> list[sympy.Expr]:
-    found = [sympy.Integer(size) if isinstance(size, int) else size.node.expr for size in sizes]
-    return [size for size in found if size != 1]
+def _expressions(sizes: Sequence[Any]) -> list[Any]:
+    return [sympy.Integer(size) if isinstance(size, int) else size.node.expr for size in sizes]
 
 
-def _known(sizes: Sequence[sympy.Expr]) -> int:
+def _known(sizes: Sequence[Any]) -> int:
     return math.prod(int(abs(size.as_coeff_Mul()[0])) for size in sizes)
 
 
-def _known_inside(sizes: Sequence[sympy.Expr]) -> bool:
+def _known_inside(sizes: Sequence[Any]) -> bool:
     """No symbolic size lies behind a known one."""
+    sizes = [size for size in sizes if size != 1]
     known = [_known([size]) > 1 for size in sizes]
     return not any(known[i] and not sizes[i + 1].is_number for i in range(len(sizes) - 1))

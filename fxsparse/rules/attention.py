@@ -1,7 +1,7 @@
 """Attention, softmax(q k^T * scale + mask) v, for each head: y[h, l, e] = sum over s of p[h, l, s] v[h, s, e].
 
 A feature of v that is 0 at all positions is 0 in y; without a mask the weights p sum to 1, so a constant stays one. A
-head of which nothing is demanded needs no q, k and v: heads go whole. The size of a head can be cut where q, k and v are
+head of which nothing is demanded needs no q, k and v: heads go whole. The size of a head is cut where q, k and v are
 cut alike (kernels are fast for equal sizes); what its default scale was is then written down. It holds for any length.
 """
 

@@ -149,6 +149,42 @@ class Convolution(Contraction):
         yield Sample(lambda x: F.conv2d(x, w3.to(x), padding="same"), ((2, 5, 1, 1),))
 
 
+class TransposedConvolution(Contraction):
+    """conv_transpose1d, 2d, 3d without groups; the weight is [I, O, taps]."""
+
+    ops = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
+
+    def bias(self, node: fx.Node) -> fx.Node | None:
+        bias = arg(node, "bias")
+        return bias if isinstance(bias, fx.Node) else None
+
+    def mixed(self, node: fx.Node, rank: int) -> list[int]:
+        return list(range(rank - rank_of(self.operands(node)[1]) + 2, rank))
+
+    def couple(self, node: fx.Node, facts: Facts, layout: Layout) -> None:
+        x, w = self.operands(node)
+        bias = self.bias(node)
+        stored = w.op == "get_attr" and (bias is None or bias.op == "get_attr")
+        if not stored or arg(node, "groups") != 1:
+            super().couple(node, facts, layout)
+            return
+        channel = len(layout.kept[node]) - len(layout.kept[w]) + 1
+        for n in (x, node):
+            layout.pin(n, "", range(channel + 1, len(layout.kept[n])))
+        layout.pin(w, "", range(2, len(layout.kept[w])))
+        tie_leading(node, x, layout, range(channel))
+        layout.tie(x, channel, w, 0, "")
+        layout.tie(node, channel, w, 1, "")
+        if bias is not None:
+            layout.tie(node, channel, bias, 0, "")
+
+    def samples(self) -> Iterable[Sample]:
+        w = torch.randn(5, 4, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        w[2], w[:, 1] = 0, 0
+        yield Sample(lambda x: F.conv_transpose2d(x, w.to(x), w[:4, 0, 0, 0].to(x), 2, 1), ((2, 5, 3, 4),))
+        yield Sample(lambda x: F.conv_transpose2d(x, w.to(x), output_padding=1, stride=2), ((2, 5, 2, 3),))
+
+
 class Linear(Contraction):
     """y[..., o] = sum over i of w[o, i] * x[..., i] + b[o]."""
 

@@ -6,15 +6,17 @@ y[p] is known when all its arguments are; y[p] needs all its arguments at p. Mul
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
+from fxsparse.ir.bits import some
 from fxsparse.ir.facts import Facts
 from fxsparse.ir.graph import aten, operator_name, owner
 from fxsparse.ir.layout import Layout
-from fxsparse.rules.rule import Rule, Sample, reduce_to
+from fxsparse.rules.rule import Rule, Sample, reduce_to, tie_leading
 
 
 class Elementwise(Rule):
@@ -29,7 +31,19 @@ class Elementwise(Rule):
         aten.reciprocal.default, aten._to_copy.default, aten.clone.default, aten.add.Tensor, aten.add.Scalar,
         aten.sub.Tensor, aten.sub.Scalar, aten.div.Tensor, aten.div.Scalar, aten.mul.Scalar,
         aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.maximum.default, aten.minimum.default,
-        aten.where.self, aten.masked_fill.Scalar,
+        aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar, aten.masked_fill.Scalar,
+        aten.leaky_relu.default, aten.selu.default, aten.celu.default, aten.log_sigmoid.default,
+        aten.threshold.default, aten.hardshrink.default, aten.softshrink.default, aten.square.default,
+        aten.rsub.Scalar, aten.rsub.Tensor, aten.addcmul.default, aten.addcdiv.default, aten.lerp.Scalar,
+        aten.lerp.Tensor, aten.pow.Scalar, aten.clamp.Tensor, aten.exp2.default, aten.expm1.default,
+        aten.log1p.default, aten.log2.default, aten.log10.default, aten.tan.default, aten.atan.default,
+        aten.sinh.default, aten.cosh.default, aten.erfc.default, aten.sign.default, aten.sgn.default,
+        aten.round.default, aten.floor.default, aten.ceil.default, aten.trunc.default, aten.frac.default,
+        aten.nan_to_num.default, aten.fmod.Scalar, aten.remainder.Scalar, aten.div.Tensor_mode, aten.atan2.default,
+        aten.hypot.default, aten.eq.Scalar, aten.ne.Scalar, aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar,
+        aten.ge.Scalar, aten.eq.Tensor, aten.ne.Tensor, aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor,
+        aten.ge.Tensor, aten.logical_not.default, aten.logical_and.default, aten.logical_or.default,
+        aten.bitwise_not.default, aten.bitwise_and.Tensor, aten.bitwise_or.Tensor,
     )  # fmt: skip
 
     def unknown(self, node: fx.Node, facts: Facts) -> Tensor:
@@ -63,6 +77,8 @@ class Elementwise(Rule):
         yield Sample(lambda x, y: x - 2 * y, ((2, 5, 3, 3), (2, 5, 1, 1)))
         yield Sample(torch.maximum, ((2, 3, 4), (2, 3, 4)))
         yield Sample(lambda x, y: torch.where(y > 0, x, y), ((2, 3, 4), (2, 3, 4)))
+        yield Sample(lambda x, y: torch.addcmul(1 - x, F.leaky_relu(y), x, value=0.5), ((2, 3, 4), (2, 3, 4)))
+        yield Sample(lambda x, y: torch.where(x.lt(y) & ~(y >= 0.5), 2.0, x.lerp(y, 0.3)), ((2, 3, 4), (2, 3, 4)))
 
 
 class Multiply(Elementwise):
@@ -86,3 +102,30 @@ class Multiply(Elementwise):
         yield Sample(lambda x, y: x * torch.sigmoid(y), ((2, 5, 3, 3), (2, 5, 1, 1)))
         yield Sample(lambda x, y: x * y, ((2, 3, 4), (2, 3, 4)))
         yield Sample(lambda x: x * x * 0.5, ((2, 6),))
+
+
+class PRelu(Elementwise):
+    """max(x, 0) + a min(x, 0), with one `a` or one for each channel (dimension 1)."""
+
+    ops = (aten.prelu.default,)
+
+    def demand(self, node: fx.Node, facts: Facts, demanded: Tensor) -> Mapping[fx.Node, Tensor]:
+        x, a = node.args
+        return {x: demanded, a: torch.ones_like(facts.unknown[a])}  # type: ignore[dict-item, index]
+
+    def unknown(self, node: fx.Node, facts: Facts) -> Tensor:
+        x, a = node.args
+        return facts.unknown[x] if not some(facts.unknown[a]) else Rule.unknown(self, node, facts)  # type: ignore[index]
+
+    def couple(self, node: fx.Node, facts: Facts, layout: Layout) -> None:
+        x, a = cast("tuple[fx.Node, fx.Node]", node.args)
+        tie_leading(node, x, layout, range(len(layout.kept[node])))
+        if len(layout.kept[a][0]) > 1:
+            layout.tie(node, 1, a, 0, "")
+        else:
+            layout.pin(a, "")
+
+    def samples(self) -> Iterable[Sample]:
+        a = torch.tensor([0.5, -1.0, 0.0, 2.0], dtype=torch.float64)
+        yield Sample(lambda x: F.prelu(x, a.to(x)), ((2, 4, 3, 3),))
+        yield Sample(lambda x: F.prelu(x, a[:1].to(x)), ((2, 3, 4),))

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from fxsparse.ir.facts import Facts
 from fxsparse.ir.graph import arg, aten, operator_name, owner
 from fxsparse.ir.layout import Layout
+from fxsparse.ir.symbols import RESHAPES, crossing, whole
 from fxsparse.rules.rule import Rule, Sample, run
 
 
@@ -29,7 +30,7 @@ class Movement(Rule):
         aten.squeeze.dims, aten.unsqueeze.default, aten.expand.default, aten.slice.Tensor, aten.select.int,
         aten.cat.default, aten.stack.default, aten.flip.default, aten.roll.default, aten.pixel_shuffle.default,
         aten.pixel_unshuffle.default, aten.channel_shuffle.default, aten.repeat.default,
-        aten.constant_pad_nd.default,
+        aten.constant_pad_nd.default, aten.pad.default,
     )  # fmt: skip
 
     def unknown(self, node: fx.Node, facts: Facts) -> Tensor:
@@ -42,12 +43,16 @@ class Movement(Rule):
         sizes = [facts.unknown[n].numel() for n in sources]
         chosen = _scatter(self._map(node, facts)[demanded], sum(sizes))
         parts = chosen.to(demanded.device).split(sizes)
-        return {n: bits.view(facts.unknown[n].shape) for n, bits in zip(sources, parts, strict=True)}
+        mixed = crossing(node)[0]
+        found = zip(sources, parts, strict=True)
+        return {n: whole(bits.view(facts.unknown[n].shape), mixed) for n, bits in found}
 
     def couple(self, node: fx.Node, facts: Facts, layout: Layout) -> None:
         sources, index = _sources(node, facts), self._map(node, facts).cpu()
         cause = f"coupled by {operator_name(node)} ({owner(node)})"
         self._pin_symbolic(node, layout, cause)
+        for n, mixed in zip((sources[0], node), crossing(node), strict=True):
+            layout.pin(n, f"{operator_name(node)} ({owner(node)}) mixes it with the batch or another open size", mixed)
         kept = torch.cat([layout.rectangle(n).flatten() for n in sources])
         layout.grow_elements(node, kept[index.clamp_min(0)] & (index >= 0), cause)
         sizes = [facts.unknown[n].numel() for n in sources]
@@ -119,6 +124,8 @@ class Movement(Rule):
         yield Sample(lambda x: x[:, :, 2], ((2, 3, 4),))
         yield Sample(lambda x: F.pixel_shuffle(x, 2), ((2, 8, 2, 2),))
         yield Sample(lambda x: F.pad(x, (1, 0, 2, 1), value=0.5), ((2, 3, 2, 2),))
+        yield Sample(lambda x: F.pad(x, (1, 0, 2, 1), mode="replicate"), ((2, 3, 3, 2),))
+        yield Sample(lambda x: F.pad(x, (1, 1, 0, 2), mode="reflect"), ((2, 3, 3, 2),))
         yield Sample(lambda x: x.roll(1, 1), ((2, 4, 3, 3),))
         yield Sample(lambda x: x.unsqueeze(1).expand(x.shape[0], 3, 4), ((2, 4),))
         yield Sample(lambda x: x.flip(1), ((2, 5, 2, 2),))
@@ -180,7 +187,6 @@ def _new_padding(node: fx.Node, layout: Layout) -> dict[str, Any]:
     return {"pad": new} if new != pads else {}
 
 
-RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints)
 SIZED = (*RESHAPES[:3], aten.expand.default, aten.repeat.default)
 _REWRITE: dict[Any, Any] = {
     aten.view.default: _new_sizes,

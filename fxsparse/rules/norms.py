@@ -1,7 +1,7 @@
 """Normalization. Inference batch norm, per channel: y = gamma (x - mean) / sqrt(var + eps) + beta; known for gamma = 0.
 
-Layer norm, group norm and softmax mix a whole dimension: one unknown element makes all of it unknown, and all of it is
-needed. The dimension keeps its length.
+Layer norm and softmax mix a whole dimension: one unknown element makes all of it unknown, and all of it is needed. The
+dimension keeps its length. Group norm and instance norm do so within groups of channels, which go as wholes.
 """
 
 from __future__ import annotations
@@ -104,16 +104,71 @@ class LayerNorm(Mixing):
         yield Sample(lambda x: F.rms_norm(x, (5,), gamma.to(x)), ((2, 3, 5),))
 
 
-class GroupNorm(Mixing):
-    """group_norm: channels and positions of a group are mixed; here all channels stay."""
+class GroupNorm(Rule):
+    """group_norm: channels and positions of a group are mixed. A group stays whole or goes whole."""
 
-    ops = (aten.group_norm.default,)
+    ops: tuple[Any, ...] = (aten.group_norm.default,)
+
+    def groups(self, node: fx.Node) -> int:
+        """How many."""
+        return arg(node, "num_groups")  # type: ignore[no-any-return]
 
     def mixed(self, node: fx.Node, rank: int) -> list[int]:
         return list(range(1, rank))
 
+    def unknown(self, node: fx.Node, facts: Facts) -> Tensor:
+        if _computed_weights(node, facts):
+            return super().unknown(node, facts)
+        return self._of_groups(node, facts.unknown[node.args[0]])  # type: ignore[index]
+
+    def demand(self, node: fx.Node, facts: Facts, demanded: Tensor) -> Mapping[fx.Node, Tensor]:
+        weights = {n: torch.ones_like(facts.unknown[n]) for n in node.all_input_nodes}
+        return {**weights, node.args[0]: self._of_groups(node, demanded)}  # type: ignore[dict-item]
+
+    def couple(self, node: fx.Node, facts: Facts, layout: Layout) -> None:
+        x: Any = node.args[0]
+        rank = len(layout.kept[node])
+        alive = layout.kept[node][1].view(self.groups(node), -1)
+        for n in (x, node):
+            layout.pin(n, "", range(2, rank))
+            whole_groups = alive.any(1).repeat_interleave(alive.shape[1])
+            layout.grow(n, 1, whole_groups, f"{operator_name(node)} ({owner(node)}): a group stays whole")
+        tie_leading(node, x, layout, [0, 1])
+        for n in node.all_input_nodes:
+            if n is not x:
+                layout.tie(node, 1, n, 0, "")
+
+    def rewrite(self, node: fx.Node, facts: Facts, layout: Layout) -> dict[str, Any]:
+        kept = int(layout.kept[node][1].view(self.groups(node), -1).any(1).sum())
+        return {"num_groups": kept} if kept != self.groups(node) else {}
+
     def samples(self) -> Iterable[Sample]:
+        gamma = torch.tensor([1.0, 0.0, -2.0, 0.5, 1.5, 0.0], dtype=torch.float64)
         yield Sample(lambda x: F.group_norm(x, 2), ((2, 4, 3, 3),))
+        yield Sample(lambda x: F.group_norm(x, 3, gamma.to(x), gamma.to(x)), ((2, 6, 3, 2),))
+        yield Sample(lambda x: F.group_norm(x, 6, gamma.to(x)), ((2, 6, 3, 2),))
+
+    def _of_groups(self, node: fx.Node, bits: Tensor) -> Tensor:
+        """Set in a whole group where one of it is."""
+        parts = bits.unflatten(1, (self.groups(node), -1))
+        return any_along(parts, list(range(2, parts.dim())), keepdim=True).expand_as(parts).flatten(1, 2)
+
+
+class InstanceNorm(GroupNorm):
+    """instance_norm by the statistics of the input: a group for each channel."""
+
+    ops = (aten.instance_norm.default,)
+
+    def groups(self, node: fx.Node) -> int:
+        return node.meta["val"].shape[1]  # type: ignore[no-any-return]
+
+    def rewrite(self, node: fx.Node, facts: Facts, layout: Layout) -> dict[str, Any]:
+        return {}
+
+    def samples(self) -> Iterable[Sample]:
+        gamma = torch.tensor([1.0, 0.0, -2.0, 0.5], dtype=torch.float64)
+        yield Sample(F.instance_norm, ((2, 4, 3, 3),))
+        yield Sample(lambda x: F.instance_norm(x, weight=gamma.to(x), bias=gamma.to(x)), ((2, 4, 3, 2),))
 
 
 def _computed_weights(node: fx.Node, facts: Facts) -> bool:

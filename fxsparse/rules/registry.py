@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import fx
 
 from fxsparse.ir.graph import arg, aten
-from fxsparse.ir.symbols import keeps_places, rank_of, reads_a_size, symbolic_dims
-from fxsparse.rules.movement import RESHAPES, SIZED, Movement
+from fxsparse.ir.symbols import rank_of, reads_a_size, symbolic_dims
+from fxsparse.rules.movement import SIZED, Movement
 from fxsparse.rules.rule import Rule
 
 _ROOM = __name__.rpartition(".")[0] + "."
@@ -62,20 +62,7 @@ def _depends_on_size(node: fx.Node, rule: Rule) -> bool:
 
 
 def _takes_apart(node: fx.Node, source: fx.Node) -> bool:
-    """Movement that does not treat all positions alike: slices along a symbolic dimension, reshapes across one."""
-    before, after = (n.meta["val"].shape if rank_of(n) else () for n in (source, node))
-    if node.target in RESHAPES:
-        return not keeps_places(before, after)
+    """Movement that does not treat all positions along a symbolic dimension alike: slices, and sizes as numbers."""
     if node.target in (aten.slice.Tensor, aten.select.int):
-        dim = arg(node, "dim")
-        return reads_a_size(node) or (
-            dim % rank_of(source) in symbolic_dims(source) and not _whole(node, before, after)
-        )
+        return reads_a_size(node) or arg(node, "dim") % rank_of(source) in symbolic_dims(source)
     return node.target not in SIZED and reads_a_size(node)
-
-
-def _whole(node: fx.Node, before: Sequence[Any], after: Sequence[Any]) -> bool:
-    """x[:], which traces leave behind."""
-    return (
-        node.target is aten.slice.Tensor and arg(node, "step") == 1 and list(map(str, before)) == list(map(str, after))
-    )

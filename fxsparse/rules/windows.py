@@ -22,7 +22,7 @@ class AveragePool(Rule):
     spatial = 2
     ops: tuple[Any, ...] = (
         aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.upsample_nearest2d.vec,
-        aten.upsample_bilinear2d.vec,
+        aten._upsample_nearest_exact2d.vec, aten.upsample_bilinear2d.vec,
     )  # fmt: skip
 
     def mixed(self, node: fx.Node, rank: int) -> list[int]:
@@ -55,10 +55,28 @@ class AveragePool1d(AveragePool):
     """The same in one dimension."""
 
     spatial = 1
-    ops = (aten.avg_pool1d.default, aten.adaptive_avg_pool1d.default)
+    ops: tuple[Any, ...] = (
+        aten.avg_pool1d.default, aten.adaptive_avg_pool1d.default, aten.upsample_nearest1d.vec,
+        aten._upsample_nearest_exact1d.vec, aten.upsample_linear1d.vec,
+    )  # fmt: skip
+
+    def samples(self) -> Iterable[Sample]:  # channels last, as all samples of three dimensions
+        yield Sample(lambda x: F.avg_pool1d(x.mT, 3, 2, 1).mT, ((2, 7, 4),))
+        yield Sample(lambda x: F.interpolate(x.mT, scale_factor=2.0, mode="linear").mT, ((2, 3, 4),))
+
+
+class AveragePool3d(AveragePool):
+    """In three dimensions."""
+
+    spatial = 3
+    ops: tuple[Any, ...] = (
+        aten.avg_pool3d.default, aten.adaptive_avg_pool3d.default, aten.upsample_nearest3d.vec,
+        aten.upsample_trilinear3d.vec,
+    )  # fmt: skip
 
     def samples(self) -> Iterable[Sample]:
-        return ()  # 3-d samples have their channels last; these operators have them in the middle
+        yield Sample(lambda x: F.avg_pool3d(x.movedim(-1, 1), 2).movedim(1, -1), ((2, 4, 2, 5, 3),))
+        yield Sample(lambda x: F.interpolate(x.movedim(-1, 1), scale_factor=2.0).movedim(1, -1), ((2, 2, 1, 2, 3),))
 
 
 class MaxPool(AveragePool):
@@ -69,11 +87,31 @@ class MaxPool(AveragePool):
     def demand(self, node: fx.Node, facts: Facts, demanded: Tensor) -> Mapping[fx.Node, Tensor]:
         (x,) = [n for n in node.all_input_nodes if n in facts.unknown]
         # every position of a channel of which one is demanded: more than the windows ask for, and channels are whole
-        return {x: any_along(demanded, [-2, -1], keepdim=True).expand_as(facts.unknown[x])}
+        return {x: any_along(demanded, list(range(-self.spatial, 0)), keepdim=True).expand_as(facts.unknown[x])}
 
     def samples(self) -> Iterable[Sample]:
         yield Sample(lambda x: F.max_pool2d(x, 3, 2, 1), ((2, 4, 5, 7),))
         yield Sample(lambda x: F.max_pool2d(x, 2, 2, 0, 2), ((2, 3, 6, 6),))
+
+
+class MaxPool1d(MaxPool):
+    """In one dimension."""
+
+    spatial = 1
+    ops = (aten.max_pool1d.default,)
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample(lambda x: F.max_pool1d(x.mT, 3, 2, 1).mT, ((2, 7, 4),))
+
+
+class MaxPool3d(MaxPool):
+    """In three."""
+
+    spatial = 3
+    ops = (aten.max_pool3d.default,)
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample(lambda x: F.max_pool3d(x.movedim(-1, 1), 2).movedim(1, -1), ((2, 4, 2, 5, 3),))
 
 
 class Reduction(Rule):

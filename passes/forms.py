@@ -1,0 +1,102 @@
+"""Forms of one operator that `canonicalize` writes as another: products, padding, gates, heads of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from typing import Any, cast
+
+from torch import fx
+
+from fxsparse.ir.graph import arg, aten
+from fxsparse.ir.symbols import RESHAPES
+
+PRODUCTS = (aten.addmm.default, aten.mm.default, aten.matmul.default)
+
+
+def is_product(node: fx.Node, constant: Container[fx.Node]) -> bool:
+    """A product x @ w with a stored matrix w, or with a stored vector added."""
+    *bias, x, w = cast(Any, node.args)[: 3 if node.target is aten.addmm.default else 2]
+    if (
+        w not in constant
+        or w.meta["val"].dim() != 2
+        or not w.meta["val"].is_floating_point()
+        or x in constant
+        or x.meta["val"].dim() < 2
+    ):
+        return False
+    plain = not bias or (arg(node, "alpha") == arg(node, "beta") == 1)
+    return plain and all(b in constant and b.meta["val"].dim() == 1 for b in bias)
+
+
+def write_linear(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """Returns the transposed matrix, which is to be computed."""
+    *bias, x, w = cast(Any, node.args)[: 3 if node.target is aten.addmm.default else 2]
+    with gm.graph.inserting_before(node):
+        turned = gm.graph.call_function(aten.t.default, (w,))
+        turned.meta.update({**node.meta, "val": w.meta["val"].t()})
+        new = gm.graph.call_function(aten.linear.default, (x, turned, *bias))
+    _take_place(gm, new, node)
+    return turned
+
+
+def write_padding(gm: fx.GraphModule, node: fx.Node) -> None:
+    """`pad` as `constant_pad_nd`."""
+    with gm.graph.inserting_before(node):
+        fill = arg(node, "value") or 0.0
+        new = gm.graph.call_function(aten.constant_pad_nd.default, (node.args[0], arg(node, "pad"), fill))
+    _take_place(gm, new, node)
+
+
+def write_glu(gm: fx.GraphModule, node: fx.Node) -> None:
+    """The first half times the sigmoid of the second."""
+    x, dim = cast(fx.Node, node.args[0]), arg(node, "dim")
+    half = node.meta["val"].shape[dim]
+    with gm.graph.inserting_before(node):
+        call = gm.graph.call_function
+        first, second = (call(aten.slice.Tensor, (x, dim, half * i, half * (i + 1))) for i in (0, 1))
+        gate = call(aten.sigmoid.default, (second,))
+        new = call(aten.mul.Tensor, (first, gate))
+    for n in (first, second, gate):
+        n.meta.update(node.meta)
+    _take_place(gm, new, node)
+
+
+def splits_heads(node: fx.Node) -> bool:
+    """[L, B, E] -> [L, B * heads, D] -> [B * heads, L, D] -> [B, heads, L, D], as nn.MultiheadAttention has it.
+
+    The batch is symbolic, so no head could be cut from B * heads.
+    """
+    turned = node.args[0] if node.target in RESHAPES else None
+    if not isinstance(turned, fx.Node) or turned.target is not aten.transpose.int or len(turned.users) > 1:
+        return False
+    merged = cast(Any, turned.args[0])
+    if merged.target not in RESHAPES or len(merged.users) > 1 or {arg(turned, "dim0"), arg(turned, "dim1")} != {0, 1}:
+        return False
+    x, after = merged.args[0].meta["val"].shape, node.meta["val"].shape
+    if len(x) != 3 or len(merged.meta["val"].shape) != 3 or len(after) != 4 or not isinstance(after[1], int):
+        return False
+    sizes = [str(size) for size in (x[0], x[1], x[2])]
+    return sizes == [str(after[2]), str(after[0]), str(after[1] * after[3])]
+
+
+def write_heads(gm: fx.GraphModule, node: fx.Node) -> None:
+    """[L, B, E] -> [L, B, heads, D] -> [B, heads, L, D]."""
+    merged = cast(Any, node.args[0]).args[0]
+    x, (_, heads, _, width) = merged.args[0], node.meta["val"].shape
+    with gm.graph.inserting_before(node):
+        call = gm.graph.call_function
+        sizes = [size if isinstance(size, int) else call(aten.sym_size.int, (x, d))
+                 for d, size in enumerate(x.meta["val"].shape[:2])]  # fmt: skip
+        apart = call(aten.reshape.default, (x, [*sizes, heads, width]))
+        new = call(aten.permute.default, (apart, [1, 2, 0, 3]))
+    apart.meta.update({**node.meta, "val": node.meta["val"].permute(2, 0, 1, 3)})
+    for n, size in zip(sizes, x.meta["val"].shape, strict=False):
+        if isinstance(n, fx.Node):
+            n.meta["val"] = size
+    _take_place(gm, new, node)
+
+
+def _take_place(gm: fx.GraphModule, new: fx.Node, node: fx.Node) -> None:
+    new.meta.update(node.meta)
+    node.replace_all_uses_with(new)
+    gm.graph.erase_node(node)
