@@ -53,7 +53,9 @@ def checked_inputs(inputs: object) -> tuple[Any, ...]:
         inputs = (inputs,)
     if not isinstance(inputs, (tuple, list)) or not any(isinstance(x, Tensor) for x in pytree.tree_leaves(inputs)):
         raise InputError("example_inputs", expected="a tuple of positional inputs with at least one tensor",
-                         got=type(inputs).__name__, do="For one image: (torch.randn(1, 3, 224, 224),).")  # fmt: skip
+                         got=type(inputs).__name__,
+                         do="For one image: (torch.randn(1, 3, 224, 224),). A model called by keywords needs a wrapper "
+                         "or torch.compile(model, backend='fxsparse').")  # fmt: skip
     dense: tuple[Any, ...] = pytree.tree_map(_dense, tuple(inputs))
     return dense
 

@@ -39,6 +39,7 @@ from fxsparse.ir.graph import (
     weight_of,
 )
 from fxsparse.passes.context import Context
+from fxsparse.rules.contraction import TransposedConvolution
 
 _PAIRWISE = (aten.add.Tensor, aten.sub.Tensor, aten.mul.Tensor)
 
@@ -49,6 +50,8 @@ def plan(gm: fx.GraphModule, ctx: Context) -> list[Decision]:
     decisions: list[Decision] = []
     for node in filter(is_layer, gm.graph.nodes):
         decisions += _Fold(gm, node, facts).decide()
+    for node in call_nodes(gm, *TransposedConvolution.ops):
+        decisions += _transposed(gm, node, facts)
     for node in call_nodes(gm, *_PAIRWISE):
         decisions += _known_operands(gm, node, facts)
     return decisions
@@ -66,6 +69,22 @@ def apply(gm: fx.GraphModule, decision: Decision) -> None:
         replace_weight(gm, bias, decision.data["bias"])
     elif decision.data["bias"].any():
         set_arg(node, "bias", new_weight(gm, node, f"{owner(node)}.bias", decision.data["bias"]))
+
+
+def _transposed(gm: fx.GraphModule, node: fx.Node, facts: Facts) -> list[Decision]:
+    """Of a transposed convolution's weight [I, O, taps], what reads zeros is cleared; no more is folded."""
+    weight, bias = weight_of(gm, node.args[1]), weight_of(gm, arg(node, "bias"))
+    if weight is None or not weight.isfinite().all():
+        return []
+    x = cast(fx.Node, node.args[0])
+    channels = facts.summary(x, facts.value[x].dim() + 1 - weight.dim())
+    zero = channels.constant & (channels.value == 0) & (weight != 0).flatten(1).any(1)
+    if not zero.any():
+        return []
+    data = {"node": node, "weight": weight.masked_fill(zero.view(-1, *[1] * (weight.dim() - 1)), 0),
+            "bias": weight.new_zeros(1) if bias is None else bias}  # fmt: skip
+    what = f"clear {int(zero.sum())} columns that read zeros"
+    return [Decision("fold_constants", owner(node), what, "the channels do not depend on the input", data=data)]
 
 
 class _Fold:

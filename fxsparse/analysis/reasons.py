@@ -14,6 +14,7 @@ from fxsparse.ir.layout import NEEDED, Layout
 from fxsparse.rules import Rule, rule_of
 from fxsparse.rules.contraction import Convolution, Linear
 from fxsparse.rules.elementwise import Elementwise
+from fxsparse.rules.movement import Movement
 
 BLOCKERS = ("has no rule", "cannot be cut", "several results")
 
@@ -56,22 +57,38 @@ def _channel_dim(layer: fx.Node, layout: Layout) -> int:
 def _reader(node: fx.Node, dim: int, channel: int, facts: Facts) -> str:
     """Follow one known channel to the first reader that does something else with it."""
     for user in node.users:
-        if user.op == "output":
-            return "output signature"
         rule = rule_of(user)
-        if type(rule) is Rule:
-            return f"{operator_name(user)} ({owner(user)}) has no rule: everything it reads stays"
+        if user.op == "output" or type(rule) is Rule:
+            return _read_by(user)
         if not _asks(user, rule, dim, channel, node, facts):
             continue
         if isinstance(rule, Convolution):
             return f"carrier or border of {owner(user)}"
         if not _aligned(user, node, dim, facts):
-            return f"read by {operator_name(user)} ({owner(user)})"
+            return _read_by(_behind(user, facts))
         if facts.unknown[user].select(dim, channel).any():
             others = [owner(n) for n in user.all_input_nodes if n is not node and n.op != "get_attr"]
             return f"coupled{f' with {others[0]}' if others else ''} by {operator_name(user)}"
         return _reader(user, dim, channel, facts)
     return "needed"
+
+
+def _behind(node: fx.Node, facts: Facts) -> fx.Node:
+    """Data movement holds nothing by itself: the first reader behind it that needs something."""
+    while isinstance(rule_of(node), Movement):
+        asking = [user for user in node.users if user.op == "output" or facts.demanded[user].any()]
+        if not asking:
+            break
+        node = asking[0]
+    return node
+
+
+def _read_by(node: fx.Node) -> str:
+    if node.op == "output":
+        return "output signature"
+    if type(rule_of(node)) is Rule:
+        return f"{operator_name(node)} ({owner(node)}) has no rule: everything it reads stays"
+    return f"read by {operator_name(node)} ({owner(node)})"
 
 
 def _aligned(user: fx.Node, node: fx.Node, dim: int, facts: Facts) -> bool:

@@ -129,9 +129,13 @@ def _explain(model: nn.Module, args: tuple[Any, ...], error: Exception, dynamic_
             f"example_inputs for {name}",
             expected="inputs the model itself accepts",
             got=f"{_describe(args)}, and model(*example_inputs) raises {type(cause).__name__}: {_first_line(cause)}",
-            do="Pass one tuple of positional inputs, as in model(*example_inputs).",
+            do="Pass one tuple of positional inputs, as in model(*example_inputs). Wrap a model that is called by "
+            "keywords in a module that takes positions, or use torch.compile(model, backend='fxsparse').",
         )
-    advice = "Rewrite the part named above without data-dependent Python, or compile the submodules that export."
+    advice = (
+        "Rewrite the part named above without data-dependent Python, compile the submodules that export, or use "
+        "torch.compile(model, backend='fxsparse'), which compiles what it can follow."
+    )
     if dynamic_batch and any(hint in str(error) for hint in ("batch", ".size()[0]", ".shape[0]")):
         advice = "If the model only works at one batch size, pass dynamic_batch=False. " + advice
     got = f"{type(error).__name__}: {_first_line(error)}"

@@ -17,7 +17,7 @@ from fxsparse.ir.bits import any_along
 from fxsparse.ir.facts import Facts
 from fxsparse.ir.graph import arg, aten, operator_name, owner
 from fxsparse.ir.layout import Layout
-from fxsparse.rules.rule import Rule, Sample
+from fxsparse.rules.rule import Rule, Sample, reduce_to
 
 _NAMES = ("query", "key", "value")
 
@@ -43,8 +43,17 @@ class Attention(Rule):
         if not _aligned(facts, q, k, v) or len({q, k, v}) < len(_NAMES):
             return every
         read = any_along(demanded, [-1], keepdim=True)
-        bits = {q: read, k: any_along(read, [-2], keepdim=True), v: any_along(demanded, [-2], keepdim=True)}
-        return {**every, **{n: _fewer_heads(b, facts.unknown[n]).expand_as(facts.unknown[n]) for n, b in bits.items()}}
+        alive = {n: any_along(facts.nonzero(n), [-2], keepdim=True) for n in (q, k)}  # what meets 0 is not needed
+        bits = {
+            q: read & _of_heads(alive[k], demanded),
+            k: any_along(read, [-2], keepdim=True) & alive[q],
+            v: any_along(demanded, [-2], keepdim=True),
+        }
+        found = {n: _fewer_heads(b, facts.unknown[n]).expand_as(facts.unknown[n]) for n, b in bits.items()}
+        if isinstance(mask := arg(node, "attn_mask"), fx.Node):
+            scores = read.expand(*demanded.shape[:-1], facts.value[k].shape[-2])
+            found[mask] = reduce_to(scores, facts.unknown[mask].shape)
+        return {**every, **found}
 
     def couple(self, node: fx.Node, facts: Facts, layout: Layout) -> None:
         q, k, v = self._operands(node)

@@ -1,0 +1,295 @@
+"""What people write, and what becomes of it: every form of a layer loses its dead rows, and computes the same."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxsparse
+from fxsparse import Masks, Report
+
+WIDTH, HEADS, SIZE = 24, 6, 4
+
+
+def compiled(model: nn.Module, masks: Mapping[str, Tensor], *inputs: Tensor, **options: Any) -> Report:
+    """Compiled for one batch size, compared with the masked model at another."""
+    torch.manual_seed(0)
+    plain = copy.deepcopy(model)
+    Masks(masks).apply_(plain)
+    fast = fxsparse.compile(model, masks, "eager", example_inputs=inputs, measure=False, **options)
+    more = tuple(torch.cat([x, x.flip(0), x]) for x in inputs)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(*more), plain(*more), rtol=1e-10, atol=1e-12)
+    return fast.report
+
+
+def every_second(weight: Tensor, dim: int = 0) -> Tensor:
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    mask.transpose(0, dim)[::2] = False
+    return mask
+
+
+def rows(report: Report) -> dict[str, int]:
+    return {r.name: r.rows_removed for r in report.rows if r.rows_removed}
+
+
+class Images(nn.Module):
+    """A convolution, something, a convolution."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], channels: int = 8) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(channels, 5, 3, padding=1)
+        self.between = between
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.between(self.a(x)))
+
+
+IMAGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "the first channels": lambda x: torch.cat([x[:, :6], x[:, 6:]], 1),
+    "more dimensions": lambda x: x * x.mean((2, 3))[:, :, None, None],
+    "every second pixel": lambda x: x[:, :, ::2, ::2],
+    "padded": lambda x: F.pad(x, (0, 1, 2, 1)),
+    "reflected": lambda x: F.pad(x, (1, 1, 2, 0), mode="reflect"),
+    "repeated at the border": lambda x: F.pad(x, (1, 1, 2, 0), mode="replicate"),
+    "leaky": lambda x: F.leaky_relu(x, 0.2),
+    "from one": lambda x: (1 - torch.exp2(x)) - torch.square(x),
+    "selected": lambda x: torch.where(x > 0, x, torch.atan(x)),
+    "prelu": nn.PReLU(8).double(),
+    "instance norm": nn.InstanceNorm2d(8, affine=True).double(),
+    "group norm, a channel each": nn.GroupNorm(8, 8).double(),
+    "pooled": lambda x: F.max_pool2d(F.interpolate(x, scale_factor=2.0, mode="nearest-exact"), 2),
+    "in a row": lambda x: F.max_pool1d(x.flatten(2), 2).unsqueeze(2),
+}
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_what_lies_between_convolutions_holds_nothing(name: str) -> None:
+    model = Images(IMAGES[name])
+    report = compiled(model, {"a.weight": every_second(model.a.weight)}, torch.randn(2, 3, 8, 8).double())
+    assert rows(report) == {"a.weight": 4}
+
+
+def test_whole_groups_of_a_norm_go() -> None:
+    model = Images(nn.GroupNorm(4, 8).double())
+    mask = torch.ones_like(model.a.weight, dtype=torch.bool)
+    mask[[0, 1, 2, 6, 7]] = False  # the first group, half of the second, the last
+    with torch.no_grad():
+        model.between.bias.zero_()
+    report = compiled(model, {"a.weight": mask}, torch.randn(2, 3, 8, 8).double())
+    assert rows(report) == {"a.weight": 4}
+
+
+def test_a_gate_loses_its_halves_together() -> None:
+    model = Images(lambda x: F.glu(x, 1), channels=4)
+    mask = torch.ones_like(model.a.weight, dtype=torch.bool)
+    mask[[1, 3, 5, 7]] = False
+    report = compiled(model, {"a.weight": mask}, torch.randn(2, 3, 8, 8).double())
+    assert rows(report) == {"a.weight": 4}
+
+
+def test_a_transposed_convolution_is_cut_on_both_sides() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ConvTranspose2d(8, 6, 2, 2, bias=False), nn.ReLU(),
+                          nn.Conv2d(6, 4, 1)).double().eval()  # fmt: skip
+    masks = {"0.weight": every_second(model[0].weight), "1.weight": every_second(model[1].weight, 1)}
+    report = compiled(model, masks, torch.randn(2, 3, 6, 5).double())
+    assert rows(report)["0.weight"] == 4
+    assert {r.name: r.columns_removed for r in report.rows}["3.weight"] == 3
+
+
+class Standardized(nn.Conv2d):
+    """The weight has mean 0 and variance 1 in every row, as in BiT and NFNets; computed at every call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.weight.reshape(1, self.out_channels, -1)
+        weight = F.batch_norm(flat, None, None, training=True, momentum=0.0, eps=1e-6).reshape_as(self.weight)
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+def test_standardized_weights_are_weights() -> None:
+    model = nn.Sequential(Standardized(3, 8, 3, bias=False), nn.ReLU(), Standardized(8, 8, 3)).double().eval()
+    report = compiled(model, {"0.weight": every_second(model[0].weight)}, torch.randn(2, 3, 8, 8).double())
+    assert rows(report) == {"0.weight": 4}
+    assert [r.name for r in report.rows] == ["0.weight", "2.weight"]
+
+
+class Matrices(nn.Module):
+    """Weights [in, out], as in GPT-2, used in one of the ways to write a product."""
+
+    def __init__(self, product: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.bias = nn.Parameter(torch.randn(6, WIDTH)), nn.Parameter(torch.zeros(WIDTH))
+        self.b, self.product = nn.Linear(WIDTH, 5), product
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.product(x, self.a, self.bias)))
+
+
+PRODUCTS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "addmm": lambda x, w, b: torch.addmm(b, x.view(-1, x.shape[-1]), w).view(*x.shape[:-1], WIDTH),
+    "matmul": lambda x, w, b: x @ w + b,
+    "matmul with a transposed one": lambda x, w, b: x @ w.t().contiguous().T,
+    "mm": lambda x, w, b: torch.mm(x.flatten(0, 1), w),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_stored_matrix_is_a_layer(name: str) -> None:
+    model = Matrices(PRODUCTS[name])
+    report = compiled(model, {"a": every_second(model.a, 1)}, torch.randn(2, 3, 6).double())
+    assert rows(report) == {"a": WIDTH // 2}
+    assert [(r.name, r.shape) for r in report.rows] == [("a", (WIDTH, 6)), ("b.weight", (5, WIDTH))]
+
+
+def test_a_product_of_two_activations_is_none() -> None:
+    model = Matrices(lambda x, w, b: (x @ x.transpose(1, 2)) @ (x @ w))
+    assert [r.name for r in compiled(model, {}, torch.randn(2, 3, 6).double()).rows] == ["a", "b.weight"]
+
+
+# attention
+
+
+class Attention(nn.Module):
+    """Projections, heads, attention in one of its forms, and a projection."""
+
+    def __init__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], kv_heads: int = HEADS) -> None:
+        super().__init__()
+        self.q, self.o = nn.Linear(WIDTH, HEADS * SIZE), nn.Linear(HEADS * SIZE, WIDTH)
+        self.k, self.v = nn.Linear(WIDTH, kv_heads * SIZE), nn.Linear(WIDTH, kv_heads * SIZE)
+        self.attend = attend
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).view(*x.shape[:2], -1, SIZE).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.o(self.attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+sdpa = F.scaled_dot_product_attention
+ATTENTION: dict[str, Callable[..., Tensor]] = {
+    "plain": sdpa,
+    "causal": lambda q, k, v: sdpa(q, k, v, is_causal=True),
+    "masked": lambda q, k, v: sdpa(q, k, v, attn_mask=q.mean(-1, keepdim=True) < k.mean(-1).unsqueeze(-2)),
+    "biased": lambda q, k, v: sdpa(q, k, v, attn_mask=torch.ones(1, HEADS, 1, 1, dtype=q.dtype), scale=0.3),
+    "by hand": lambda q, k, v: (q @ k.transpose(-1, -2) * SIZE**-0.5).softmax(-1) @ v,
+}
+
+
+def dead_heads(model: nn.Module, names: str, heads: tuple[int, ...], bias: bool = True) -> dict[str, Tensor]:
+    masks = {}
+    for name in names.split():
+        for kind in ("weight", "bias") if bias else ("weight",):
+            mask = torch.ones_like(getattr(model.get_submodule(name), kind), dtype=torch.bool)
+            for head in heads:
+                mask[head * SIZE : (head + 1) * SIZE] = False
+            masks[f"{name}.{kind}"] = mask
+    return masks
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["zeros", "constants"])
+@pytest.mark.parametrize("name", ATTENTION)
+def test_dead_heads_go_whole(name: str, bias: bool) -> None:
+    model = Attention(ATTENTION[name])
+    masks = dead_heads(model, "v", (0, 3, 4), bias)  # nobody looks at what q and k say of them
+    report = compiled(model, masks, torch.randn(2, 7, WIDTH).double())
+    gone = 0 if not bias and name in ("masked", "biased", "by hand") else 3 * SIZE
+    assert rows(report) == ({f"{n}.weight": gone for n in "qkv"} if gone else {})
+
+
+def test_heads_that_nobody_reads_go_whole() -> None:
+    model = Attention(sdpa)
+    mask = torch.ones_like(model.o.weight, dtype=torch.bool)
+    mask[:, SIZE : 3 * SIZE] = False
+    report = compiled(model, {"o.weight": mask}, torch.randn(2, 7, WIDTH).double())
+    assert rows(report) == {f"{n}.weight": 2 * SIZE for n in "qkv"}
+
+
+def test_all_heads_can_be_made_smaller_and_keep_their_scale() -> None:
+    model = Attention(sdpa)
+    masks = {f"{n}.{kind}": torch.arange(HEADS * SIZE) % SIZE != 1 for n in "qkv" for kind in ("weight", "bias")}
+    masks = {n: m if n.endswith("bias") else m[:, None].expand(-1, WIDTH) for n, m in masks.items()}
+    report = compiled(model, masks, torch.randn(2, 7, WIDTH).double())
+    assert rows(report) == {f"{n}.weight": HEADS for n in "qkv"}
+
+
+def test_queries_that_share_keys_keep_all_of_them() -> None:
+    model = Attention(lambda q, k, v: sdpa(q, k, v, enable_gqa=True), kv_heads=2)
+    report = compiled(model, dead_heads(model, "v", (0,)), torch.randn(2, 7, WIDTH).double())
+    assert rows(report) == {}
+    assert all(r.kept_for for r in report.rows)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_heads_of_pytorchs_own_attention_go(batch_first: bool) -> None:
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, 32, batch_first=batch_first).double().eval()
+    model = nn.Sequential(layer) if batch_first else Turned(layer)
+    name = "0.self_attn.in_proj" if batch_first else "layer.self_attn.in_proj"
+    masks = {}
+    for kind in ("weight", "bias"):
+        mask = torch.ones_like(model.get_parameter(f"{name}_{kind}"), dtype=torch.bool)
+        mask.view(3, HEADS, SIZE, -1)[:, [1, 2]] = False
+        masks[f"{name}_{kind}"] = mask
+    report = compiled(model, masks, torch.randn(2, 7, WIDTH).double())
+    assert rows(report) == {f"{name}_weight": 3 * 2 * SIZE}
+
+
+class Turned(nn.Module):
+    """A layer that takes [length, batch, features]."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.transpose(0, 1)).transpose(0, 1)
+
+
+# what is computed from weights, and what the model keeps to itself
+
+
+def test_constants_with_many_readers_are_computed_once() -> None:
+    class Doubling(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.l = nn.Parameter(torch.rand(8)), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            w = self.w
+            for _ in range(60):  # 2 ** 60 ways from the end to the beginning
+                w = w * torch.sin(w)
+            return self.l(x) * w
+
+    compiled(Doubling().double().eval(), {}, torch.randn(2, 8).double())
+
+
+def test_the_models_own_containers_stay_as_they_were() -> None:
+    class Caching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l, self.cache, self.calls = nn.Linear(8, 8), {}, [[0]]
+
+        def forward(self, x: Tensor) -> Tensor:
+            if "positions" not in self.cache:
+                self.cache["positions"] = torch.arange(8.0, dtype=x.dtype)
+                self.calls[0].append(len(self.calls[0]))
+                self.register_forward_hook(lambda module, inputs, output: output + 1)
+            return self.l(x) + self.cache["positions"]
+
+    model = Caching().double().eval()
+    report = fxsparse.plan(model, {}, (x := torch.randn(2, 8).double(),))
+    assert len(report.rows) == 1
+    assert (model.cache, model.calls, dict(model._forward_hooks)) == ({}, [[0]], {})
+    assert type(model(x)) is Tensor
+
+
+def test_rounding_is_no_error_in_float64_either() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 8)).eval().double()
+    with torch.no_grad():
+        model[0].bias.fill_(1e3)  # cancelled by the mean; folding the norm rounds elsewhere
+        model[1].running_mean.fill_(1e3)
+    compiled(model, {"0.weight": every_second(model[0].weight)}, torch.randn(2, 64).double())
