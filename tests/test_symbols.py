@@ -152,6 +152,31 @@ def test_generated_code_serves_every_size() -> None:
     assert report.dense_ms is not None
 
 
+@pytest.mark.parametrize("target", ["eager", "inductor"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_image_of_any_size_is_convolved(target: str, packed: bool) -> None:
+    first = nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 32, 3, 2, 1), nn.BatchNorm2d(32), nn.ReLU()
+    last = nn.Conv2d(32, 32, 3, 1, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5)
+    model = nn.Sequential(*first, *last).eval()
+    masks = {f"{i}.weight": torch.ones_like(model[i].weight, dtype=torch.bool) for i in (0, 2, 5)}
+    masks["0.bias"] = torch.arange(32) % 2 == 1
+    masks["0.weight"][::2] = False
+    masks["2.weight"][:8] = False  # constants, which stay
+    masks["5.weight"][:16, :16] = masks["5.weight"][16:, 16:] = False
+    Masks(masks).apply_(plain := copy.deepcopy(model))
+    reports: list[Any] = []
+    formats = "shuffled_block" if packed else "dense"
+    options = {"masks": masks, "target": target, "measure": False, "formats": formats, "on_report": reports.append}
+    fast = torch.compile(model, backend="fxsparse", options=options, dynamic=True)
+    for shape in ((2, 3, 16, 20), (3, 3, 24, 9), (2, 3, 5, 7), (4, 3, 33, 31)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), plain(x), rtol=1e-4, atol=1e-5)
+    (report,) = reports
+    assert {r.name: r.rows_removed for r in report.rows if r.rows_removed} == {"0.weight": 16}
+    assert any("shuffled_block" in r.stored for r in report.rows) == packed
+
+
 def test_a_size_that_is_bounded_is_tried_below(caplog: pytest.LogCaptureFixture) -> None:
     table = nn.Embedding(6, WIDE).double()
 

@@ -103,7 +103,7 @@ def with_memory(gm: fx.GraphModule) -> fx.GraphModule:
     """
     for node in [n for n in gm.graph.nodes if _is_ours(n)]:
         into = getattr(torch.ops.fxsparse, f"{node.target._opname}_into", None)
-        if into is not None:
+        if into is not None and _keeps_open_sizes(node):
             with gm.graph.inserting_before(node):
                 y = gm.graph.call_function(aten.new_empty.default, (node.args[0], _sizes(gm, node)))
                 gm.graph.call_function(into.default, (*node.args, y))
@@ -115,6 +115,12 @@ def with_memory(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _is_ours(node: fx.Node) -> bool:
     return getattr(node.target, "namespace", "") == "fxsparse"
+
+
+def _keeps_open_sizes(node: fx.Node) -> bool:
+    """Whether every symbolic size of the result is its first argument's: not so after a stride over any image."""
+    x, y = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
+    return all(isinstance(size, int) or str(size) == str(x[dim]) for dim, size in enumerate(y))
 
 
 def _sizes(gm: fx.GraphModule, node: fx.Node) -> list[Any]:

@@ -45,6 +45,10 @@ def backend(
     try:
         _refuse(example_inputs, weights)
         retraced = retrace(gm)
+        if retraced.open_sizes and settings.options.target.standard_operators:
+            raise Unfit(
+                f"it has a symbolic size that is not the batch, and target {settings.options.target.name!r} takes none"
+            )
         if any(view.index in weights for view in retraced.views.values()):
             raise Unfit("one of its outputs is a view of a weight")
         return Graph(gm, retraced, weights, settings).run

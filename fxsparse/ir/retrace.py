@@ -64,6 +64,11 @@ class Retraced:
         return [bool(symbolic_dims(n)) for n in _placeholders(self.gm)]
 
     @property
+    def open_sizes(self) -> bool:
+        """Whether another size than the batch is symbolic."""
+        return any(dim > 0 for n in _placeholders(self.gm) for dim in symbolic_dims(n))
+
+    @property
     def running(self) -> set[int]:
         """Placeholders that are running statistics of a norm: PyTorch writes to them without counting versions."""
         indices = {n: i for i, n in enumerate(_placeholders(self.gm))}

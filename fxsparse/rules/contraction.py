@@ -18,7 +18,7 @@ from fxsparse.ir.bits import some
 from fxsparse.ir.facts import Facts
 from fxsparse.ir.graph import arg, aten, operator_name, owner
 from fxsparse.ir.layout import Layout
-from fxsparse.ir.symbols import rank_of
+from fxsparse.ir.symbols import rank_of, symbolic_dims
 from fxsparse.rules.rule import Rule, Sample, run, tie_leading, vjp
 
 
@@ -79,7 +79,28 @@ class Convolution(Contraction):
         return bias if isinstance(bias, fx.Node) else None
 
     def mixed(self, node: fx.Node, rank: int) -> list[int]:
-        return list(range(rank - rank_of(self.operands(node)[1]) + 2, rank))
+        return []  # positions: `_product`
+
+    def unknown(self, node: fx.Node, facts: Facts) -> Tensor:
+        x, w = self.operands(node)
+        if not self._any_size(x, w):
+            return super().unknown(node, facts)
+        met = self._product(node, facts, {x: facts.nonzero(x).float(), w: facts.nonzero(w).float()})
+        bias = self.bias(node)  # a constant meets padding in some places, in how many depends on the size
+        return met > 0.5 if bias is None or not some(facts.unknown[bias]) else torch.ones_like(met, dtype=torch.bool)
+
+    def _any_size(self, x: fx.Node, w: fx.Node) -> bool:
+        return not {*symbolic_dims(x)}.isdisjoint(range(rank_of(x) - rank_of(w) + 2, rank_of(x)))
+
+    def _product(self, node: fx.Node, facts: Facts, replace: dict[fx.Node, Tensor]) -> Tensor:
+        """In an image of any size every tap meets every place."""
+        x, w = self.operands(node)
+        if not self._any_size(x, w):
+            return super()._product(node, facts, replace)
+        places = range(2 - rank_of(w), 0)
+        sums = [replace[n].sum(tuple(places)).unsqueeze(-1) for n in (x, w)]
+        y = F.conv1d(sums[0], sums[1], groups=arg(node, "groups"))
+        return y.view(*y.shape, *[1] * (len(places) - 1)).expand(facts.value[node].shape)
 
     def couple(self, node: fx.Node, facts: Facts, layout: Layout) -> None:
         x, w = self.operands(node)
