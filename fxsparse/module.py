@@ -7,7 +7,6 @@ import functools
 import logging
 import os
 import tempfile
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxsparse.backend import Target, find_target
-from fxsparse.backend.target import Runnable
+from fxsparse.backend.target import COMPILING, Runnable
 from fxsparse.errors import InputError
 from fxsparse.ir.files import writing
 from fxsparse.ir.graph import flat
@@ -30,8 +29,6 @@ from fxsparse.package.aoti import check_suffix, compile_aoti, machine
 from fxsparse.report import Report
 
 log = logging.getLogger("fxsparse")
-
-COMPILING = threading.RLock()  # torch.export traces through the model itself: one thread at a time
 
 
 @dataclass

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, fx
 from torch._guards import TracingContext, tracing
 
+from fxsparse.backend.any_size import AnySize, Assumptions
 from fxsparse.backend.cuda_graph import captured
 from fxsparse.backend.target import Runnable, Target
 from fxsparse.errors import TargetError
@@ -55,14 +57,16 @@ class Inductor(Target):
 
         module = with_memory(flat(gm))
         fake = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
-        patches = {"config_patches": options(gm)}
-        with torch.no_grad(), _not_kept(), _no_word_of_saving(), tracing(TracingContext(fake_mode(module))):
-            return cast(
-                Runnable,
-                torch._inductor.standalone_compile(
-                    module, fake, dynamic_shapes="from_tracing_context", options=patches
-                ),
+        patches, mode = {"config_patches": options(gm)}, fake_mode(module)
+        before = len(mode.shape_env.guards)
+        with torch.no_grad(), _not_kept(), _no_word_of_saving(), tracing(TracingContext(mode)):
+            run = torch._inductor.standalone_compile(
+                module, fake, dynamic_shapes="from_tracing_context", options=patches
             )
+        assumed = mode.shape_env.guards[before:]
+        if not assumed:
+            return cast(Runnable, run)
+        return AnySize(functools.partial(self.lower, gm), flat(gm), cast(Runnable, run), Assumptions(fake, assumed))
 
 
 @contextlib.contextmanager

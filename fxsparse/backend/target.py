@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+COMPILING = threading.RLock()  # torch.export and Inductor have settings of the process: one thread at a time
 # flattened inputs -> flattened outputs
 Runnable = Callable[..., Sequence[Tensor]]
 

@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxsparse.arguments import checked_inputs
+from fxsparse.backend.target import COMPILING
 from fxsparse.compiler import Captured, Options, build
 from fxsparse.dynamo.seen import Seen
 from fxsparse.dynamo.settings import Settings
@@ -22,7 +23,7 @@ from fxsparse.dynamo.strides import apart, laid_out, order_of
 from fxsparse.errors import CaptureError
 from fxsparse.ir.masks import Masks
 from fxsparse.ir.retrace import Retraced, outputs_of
-from fxsparse.module import COMPILING, Build, run_build
+from fxsparse.module import Build, run_build
 from fxsparse.report import Report
 
 log = logging.getLogger("fxsparse")
