@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 import fxsparse
 from fxsparse import Masks, Report
+from tools.transformer_recipes import heads_and_neurons
 
 WIDTH, HEADS, SIZE = 24, 6, 4
 
@@ -236,6 +238,20 @@ def test_heads_of_pytorchs_own_attention_go(batch_first: bool) -> None:
         masks[f"{name}_{kind}"] = mask
     report = compiled(model, masks, torch.randn(2, 7, WIDTH).double())
     assert rows(report) == {f"{name}_weight": 3 * 2 * SIZE}
+
+
+def test_half_of_a_vision_transformer_goes() -> None:
+    model = (
+        VisionTransformer(32, 8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=5).double().eval()
+    )
+    nn.init.normal_(model.heads.head.weight)  # zeros at the beginning, and all before it would be dead
+    masks = heads_and_neurons(model, sparsity=0.5, seed=0)
+    report = compiled(model, masks, torch.randn(2, 3, 32, 32).double())
+    layers = [f"encoder.layers.encoder_layer_{i}" for i in (0, 1)]
+    gone = [(f"{n}.self_attention.in_proj_weight", 48) for n in layers] + [(f"{n}.mlp.0.weight", 32) for n in layers]
+    assert rows(report) == dict(gone)
+    halves = [f"{n}.{part}.weight" for n in layers for part in ("self_attention.out_proj", "mlp.3")]
+    assert [r.columns_removed for r in report.rows if r.name in halves] == [16, 32, 16, 32]
 
 
 class Turned(nn.Module):

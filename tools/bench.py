@@ -37,6 +37,7 @@ from fxsparse.passes import Context, canonicalize, choose_formats, run
 from tools.block_recipes import BLOCK_RECIPES
 from tools.recipes import RECIPES, randomize_batch_norm
 from tools.slim import native_slim
+from tools.transformer_recipes import heads_and_neurons
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "tools" / "rows"
@@ -59,6 +60,7 @@ SPINE: list[dict[str, Any]] = [
     ),
     {"model": "mobilenet_v2", "recipe": "dead_rows_alive_bias", "batch": 1, "threads": 1},
     {"model": "resnet18", "recipe": "unstructured", "batch": 1, "threads": 1, "sparsity": 0.95},
+    *({"model": "vit_b_16", "recipe": "heads_and_neurons", "batch": 1, "threads": threads} for threads in (1, 2)),
 ]
 BLOCKS: list[dict[str, Any]] = [
     *(
@@ -102,7 +104,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description="Measured rows; see the module's text.")
     parser.add_argument("--model", default="resnet18", help="a name in models or torchvision.models")
     parser.add_argument(
-        "--recipe", default="refill_coupled", help=f"{', '.join([*RECIPES, *BLOCK_RECIPES])} or refill_coupled"
+        "--recipe",
+        default="refill_coupled",
+        help=f"{', '.join([*RECIPES, *BLOCK_RECIPES])}, heads_and_neurons or refill_coupled",
     )
     parser.add_argument("--sparsity", type=float, default=0.5)
     parser.add_argument("--rows", type=int, default=32, help="rows of a group, for shuffled blocks")
@@ -153,7 +157,7 @@ def run_case(arguments: argparse.Namespace) -> dict[str, Any]:
         ours["torch.compile"] = _torch_compile(model, masks, x, arguments.target)
     rivals = _dense(model, masks, x) | _onnxruntime(model, masks, x)
     with _Stages() as slim_stages:
-        if arguments.recipe not in BLOCK_RECIPES:
+        if arguments.recipe in RECIPES or arguments.recipe == "refill_coupled":
             ours |= _slim(model, fast.report, x, arguments.target)
     runs = play_off(ours, rivals, arguments.seconds)
     return _row(arguments, fast.report, runs, {**stages.seconds, "slim": sum(slim_stages.seconds.values())})
@@ -181,7 +185,7 @@ def make_masks(recipe: str, model: nn.Module, sparsity: float, rows: int = 32) -
         return RECIPES["refill_like"](model, sparsity=sparsity, seed=0, coupled=True)  # type: ignore[call-arg]
     if recipe in BLOCK_RECIPES:
         return BLOCK_RECIPES[recipe](model, sparsity=sparsity, seed=0, rows=rows)
-    return RECIPES[recipe](model, sparsity=sparsity, seed=0)
+    return {**RECIPES, "heads_and_neurons": heads_and_neurons}[recipe](model, sparsity=sparsity, seed=0)
 
 
 def _dense(model: nn.Module, masks: fxsparse.Masks, x: Tensor) -> dict[str, Callable[[], object]]:
