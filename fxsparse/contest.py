@@ -114,8 +114,10 @@ def dense_builds(dense: fx.GraphModule, inputs: Sequence[Any], target: Target, a
             if name not in t.memory_formats:
                 continue
             log.info("lower dense (%s, %s)", t.name, name)
-            run = t.lower_dynamic(gm) if any_size else t.lower_dense(gm, prepare(inputs))
-            builds.append(_Build(f"{t.name}, {name}", gm, run, prepare, t))
+            if any_size:  # the inputs' memory format is part of the graph's shapes
+                builds.append(_Build(f"{t.name}, {name}", gm, t.lower_dynamic(gm), as_is, t))
+            else:
+                builds.append(_Build(f"{t.name}, {name}", gm, t.lower_dense(gm, prepare(inputs)), prepare, t))
     return builds
 
 

@@ -52,9 +52,7 @@ def probe(inputs: Sequence[Any], shapes: Sequence[Sequence[int]] | None = None, 
     def one(x: Any, shape: Sequence[int]) -> Any:
         if not isinstance(x, Tensor) or not x.dim():
             return x
-        for dim, size in enumerate(shape):
-            if size != x.shape[dim]:
-                x = x.index_select(dim, torch.arange(size, device=x.device) % x.shape[dim])
+        x = _of_shape(x, shape)
         if not x.is_floating_point():
             return x
         spread = float(x.detach().double().std()) if x.numel() > 1 else 0.0
@@ -62,6 +60,15 @@ def probe(inputs: Sequence[Any], shapes: Sequence[Sequence[int]] | None = None, 
         return torch.empty_like(x).copy_(noise + float(x.detach().double().mean()))  # in the example's memory format
 
     return tuple(map(one, inputs, shapes or [getattr(x, "shape", ()) for x in inputs]))
+
+
+def _of_shape(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """`x` cut or repeated to `shape`, its dimensions in the same order in memory."""
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    for dim, size in enumerate(shape):
+        if size != x.shape[dim]:
+            x = x.index_select(dim, torch.arange(size, device=x.device) % x.shape[dim])
+    return x.permute(order).contiguous().permute([order.index(dim) for dim in range(x.dim())])
 
 
 def reference(flat_gm: fx.GraphModule, inputs: Sequence[Any]) -> Reference:

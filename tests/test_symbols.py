@@ -153,6 +153,23 @@ def test_generated_code_serves_every_size() -> None:
     assert report.dense_ms is not None
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_code_for_any_image_competes_in_the_inputs_own_layout(layout: torch.memory_format) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.AdaptiveAvgPool2d(1)).eval()
+    mask = torch.ones_like(model[0].weight, dtype=torch.bool)
+    mask[::2] = False
+    Masks({"0.weight": mask}).apply_(plain := copy.deepcopy(model))
+    reports: list[Any] = []
+    options = {"masks": {"0.weight": mask}, "on_report": reports.append}
+    fast = torch.compile(model, backend="fxsparse", options=options, dynamic=True)
+    for shape in ((2, 3, 16, 20), (3, 3, 24, 9)):
+        x = torch.randn(shape).contiguous(memory_format=layout)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), plain(x), rtol=1e-4, atol=1e-5)
+    (report,) = reports
+    assert len(report.timings) == 5
+
+
 def test_what_generated_code_assumes_is_asked_before_each_call() -> None:
     ran: list[str] = []
 
