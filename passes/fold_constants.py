@@ -38,6 +38,7 @@ from fxsparse.ir.graph import (
     set_arg,
     weight_of,
 )
+from fxsparse.ir.symbols import symbolic_dims
 from fxsparse.passes.context import Context
 from fxsparse.rules.contraction import TransposedConvolution
 
@@ -219,6 +220,8 @@ def _known_operands(gm: fx.GraphModule, node: fx.Node, facts: Facts) -> list[Dec
             and facts.value[operand].is_floating_point()
         ):
             value = _smallest(facts.value[operand])
+            if any(value.shape[dim] > 1 for dim in symbolic_dims(operand)):  # repeated as often as there are samples
+                continue
             what = f"replace what {owner(operand)} gives by a constant"
             data = {"node": node, "operand": i, "value": value}
             decisions.append(Decision("fold_constants", owner(node), what, "all of it is known", data=data))

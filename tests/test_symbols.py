@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+import fxsparse
 from fxsparse import Masks
 from fxsparse.backend.any_size import AnySize, Assumptions
 from fxsparse.dynamo import backend
@@ -131,6 +132,23 @@ def test_samples_are_not_taken_for_channels() -> None:
     mask = torch.ones(DIM, DIM, dtype=torch.bool)
     mask[::2] = False
     at_every_size(model, {"0.weight": mask}, [(n,) for n in (2, 3, 8, 5)])
+
+
+def test_a_constant_that_is_repeated_for_every_sample_is_not_stored_for_one() -> None:
+    class Repeated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.l, self.e = nn.Linear(DIM, WIDE), nn.Parameter(torch.randn(3, WIDE))
+            self.double().eval()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.l(x).view(-1, 3, WIDE).flatten(0, 1)
+            return y * self.e.expand(y.shape[0] // 3, 3, WIDE).flatten(0, 1)
+
+    model = Repeated()
+    fast = fxsparse.compile(model, {}, "eager", example_inputs=(torch.randn(2, 3, DIM).double(),), measure=False)
+    x = torch.randn(5, 3, DIM).double()
+    torch.testing.assert_close(fast(x), model(x))
 
 
 class Turned(nn.Module):

@@ -80,7 +80,9 @@ def _settle(node: fx.Node, value: Tensor, facts: Facts, rule_of: RuleOf) -> None
         unknown = rule_of(node).unknown(node, facts)
     if value.is_floating_point() and not value.sum().isfinite():
         unknown = unknown | ~value.isfinite()
-    unknown = evenly(node, unknown) | varies(node, value)
+    unknown = evenly(node, unknown)
+    if (differs := varies(node, value)) is not None:
+        unknown = unknown | differs
     facts.unknown[node] = unknown
     facts.value[node] = value.masked_fill(unknown, 0) if some(unknown) else value
 

@@ -85,14 +85,15 @@ def whole(bits: Tensor, dims: list[int]) -> Tensor:
     return any_along(bits, dims, keepdim=True).expand_as(bits)
 
 
-def varies(node: fx.Node, value: Tensor) -> Tensor:
-    """Bool of the value's shape: where another value lies at a position of the same kind."""
-    found = torch.zeros_like(value, dtype=torch.bool)
+def varies(node: fx.Node, value: Tensor) -> Tensor | None:
+    """Bool of the value's shape: where another value lies at a position of the same kind. None: there is but one."""
+    found = None
     for dim, inner in _units(node):
         if value.shape[dim] > inner:
             parts = value.unflatten(dim, (-1, inner))
-            found |= (parts != parts.narrow(dim, 0, 1)).flatten(dim, dim + 1)
-    return evenly(node, found)
+            differs = (parts != parts.narrow(dim, 0, 1)).flatten(dim, dim + 1)
+            found = differs if found is None else found | differs
+    return None if found is None else evenly(node, found)
 
 
 def _units(node: fx.Node) -> list[tuple[int, int]]:
