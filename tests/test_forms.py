@@ -219,11 +219,15 @@ def test_all_heads_can_be_made_smaller_and_keep_their_scale() -> None:
     assert rows(report) == {f"{n}.weight": HEADS for n in "qkv"}
 
 
-def test_queries_that_share_keys_keep_all_of_them() -> None:
-    model = Attention(lambda q, k, v: sdpa(q, k, v, enable_gqa=True), kv_heads=2)
-    report = compiled(model, dead_heads(model, "v", (0,)), torch.randn(2, 7, WIDTH).double())
-    assert rows(report) == {}
-    assert all(r.kept_for for r in report.rows)
+@pytest.mark.parametrize("kv_heads", [1, 2, 3])
+def test_queries_that_share_a_head_go_together(kv_heads: int) -> None:
+    model = Attention(lambda q, k, v: sdpa(q, k, v, enable_gqa=True), kv_heads)
+    mask = torch.ones_like(model.o.weight, dtype=torch.bool)
+    mask[:, : 3 * SIZE] = False  # the first three of six
+    report = compiled(model, {"o.weight": mask}, torch.randn(2, 7, WIDTH).double())
+    queries, keys = {1: (3, 0), 2: (3, 1), 3: (2, 1)}[kv_heads]
+    wanted = {"q.weight": queries * SIZE, "k.weight": keys * SIZE, "v.weight": keys * SIZE}
+    assert rows(report) == {name: gone for name, gone in wanted.items() if gone}
 
 
 @pytest.mark.parametrize("batch_first", [True, False])

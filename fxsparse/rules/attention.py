@@ -61,20 +61,31 @@ class Attention(Rule):
             super().couple(node, facts, layout)
             return
         cause = f"coupled by {operator_name(node)} ({owner(node)})"
-        alike = layout.shape(k)[:-2] == layout.shape(q)[:-2]
-        for n in (q, k, v):
+        for n in (q, k, v, node):
             layout.pin(n, cause, [-2])
-            for dim in range(len(layout.kept[n]) - 2):
-                if alike:
-                    layout.tie(n, dim, node, dim, cause)
-                else:
-                    layout.pin(n, f"{cause}: queries share its heads", [dim])
-        layout.pin(node, cause, [-2] if alike else range(len(layout.kept[node]) - 1))
+        for dim in range(len(layout.kept[node]) - 2):
+            self._couple_leading(node, dim, layout, cause)
         layout.tie(q, -1, k, -1, cause)
         layout.tie(v, -1, node, -1, cause)
         if layout.shape(q)[-1] == layout.shape(v)[-1]:
             layout.tie(q, -1, v, -1, f"{cause}: heads of q, k and v stay of one size")
         self._couple_mask(node, layout, cause)
+
+    def _couple_leading(self, node: fx.Node, dim: int, layout: Layout, cause: str) -> None:
+        """Heads, and dimensions before them. Where queries share a head of k and v, it goes with all of them."""
+        q, k, v = self._operands(node)
+        layout.tie(q, dim, node, dim, cause)
+        layout.tie(k, dim, v, dim, cause)
+        if layout.shape(k)[dim] == layout.shape(q)[dim]:
+            layout.tie(q, dim, k, dim, cause)
+        elif layout.shape(k)[dim] == 1:
+            layout.pin(k, cause, [dim])
+        else:
+            alive = layout.kept[q][dim].view(layout.shape(k)[dim], -1).any(1) | layout.kept[k][dim]
+            times = layout.shape(q)[dim] // layout.shape(k)[dim]
+            layout.grow(k, dim, alive, cause)
+            if int(alive.sum()) > 1:  # of one that all share, any number can
+                layout.grow(q, dim, alive.repeat_interleave(times), f"{cause}: queries that share a head stay together")
 
     def _couple_mask(self, node: fx.Node, layout: Layout, cause: str) -> None:
         mask = arg(node, "attn_mask")
