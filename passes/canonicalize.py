@@ -213,7 +213,7 @@ def _is_random(node: fx.Node) -> bool:
 
 def _compute(gm: fx.GraphModule, node: fx.Node) -> None:
     made_of = _made_of(gm, node)
-    value = _evaluate(gm, made_of).contiguous()
+    value = _evaluate(gm, made_of).clone(memory_format=torch.contiguous_format)  # no view: files hold each tensor once
     name, inside = _constant_name(gm, made_of), {*made_of}
     readers = {n for n in gm.graph.find_nodes(op="get_attr") if n.target == name}
     replaces = readers <= inside and all(user in inside for n in made_of[:-1] for user in n.users)
