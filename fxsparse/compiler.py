@@ -27,7 +27,7 @@ from fxsparse.ir.decision import Plan
 from fxsparse.ir.graph import clone, erase_unused, flat
 from fxsparse.ir.inputs import batch_size, device_of
 from fxsparse.ir.masks import Masks
-from fxsparse.ir.symbols import concrete, symbolic_dims
+from fxsparse.ir.symbols import concrete, open_sizes, symbolic_dims
 from fxsparse.measure import LayerTimes, cpu_name
 from fxsparse.module import Build, SparseModule
 from fxsparse.passes import STORAGE, STRUCTURE, Context, canonicalize, name_of
@@ -84,8 +84,8 @@ class Captured:
 
     @property
     def open_sizes(self) -> bool:
-        """Whether another size than the batch is symbolic, such as the length of a sequence."""
-        return any(dim > 0 for node in self.inputs for dim in symbolic_dims(node))
+        """Whether another size than the batch is symbolic."""
+        return open_sizes(self.inputs)
 
     @property
     def batch(self) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from fxsparse.errors import VerificationError
 from fxsparse.ir.graph import clone, get_tensor, set_tensor
+from fxsparse.ir.inputs import in_order
 
 SLACK = 4.0  # another order of summation makes an error of the same size, not the same error; maxima vary by a few
 FLOOR_ULP = 16.0
@@ -68,7 +69,7 @@ def _of_shape(x: Tensor, shape: Sequence[int]) -> Tensor:
     for dim, size in enumerate(shape):
         if size != x.shape[dim]:
             x = x.index_select(dim, torch.arange(size, device=x.device) % x.shape[dim])
-    return x.permute(order).contiguous().permute([order.index(dim) for dim in range(x.dim())])
+    return in_order(x, order)
 
 
 def reference(flat_gm: fx.GraphModule, inputs: Sequence[Any]) -> Reference:

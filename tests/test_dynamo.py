@@ -186,6 +186,21 @@ def llama() -> tuple[Any, dict[str, Tensor]]:
     return model, half(model, *[f"model.layers.0.mlp.{p}_proj" for p in ("gate", "up")])
 
 
+def decoded(cache: Callable[[Any], Any], steps: int) -> tuple[Compiled, list[Any]]:
+    """A llama compiled and as it is, each with a cache: the prompt, then one token at a time, the same logits."""
+    model, masks = llama()
+    ours = Compiled(model, masks)
+    Masks(masks).apply_(reference := copy.deepcopy(model))
+    caches = [cache(model.config) for _ in range(2)]
+    tokens = torch.randint(0, 64, (1, 5))
+    for _ in range(steps):
+        y = ours(tokens, past_key_values=caches[0]).logits
+        with torch.no_grad():
+            agree(y, reference(tokens, past_key_values=caches[1]).logits)
+        tokens = y[:, -1:].argmax(-1)
+    return ours, caches
+
+
 class Logits(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -205,16 +220,7 @@ def test_a_llama_is_rewritten_as_compile_does() -> None:
 def test_a_llama_decodes_with_its_cache() -> None:
     StaticCache = pytest.importorskip("transformers").StaticCache
 
-    model, masks = llama()
-    ours = Compiled(model, masks)
-    Masks(masks).apply_(reference := copy.deepcopy(model))
-    caches = [StaticCache(config=model.config, max_cache_len=12) for _ in range(2)]
-    tokens = torch.randint(0, 64, (1, 5))
-    for _ in range(3):  # the prompt, then one token at a time
-        y = ours(tokens, past_key_values=caches[0]).logits
-        with torch.no_grad():
-            agree(y, reference(tokens, past_key_values=caches[1]).logits)
-        tokens = y[:, -1:].argmax(-1)
+    ours, caches = decoded(lambda config: StaticCache(config=config, max_cache_len=12), 3)
     torch.testing.assert_close(caches[0].layers[0].keys, caches[1].layers[0].keys)
     assert [len(rows) for rows in ours.rows()] == [2, 2]
 
@@ -464,17 +470,8 @@ def test_an_image_of_any_size_is_rewritten_once() -> None:
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # its new name is not in 5.0
 def test_a_llama_decodes_with_a_growing_cache() -> None:
-    model, masks = llama()
-    ours = Compiled(model, masks)
-    Masks(masks).apply_(reference := copy.deepcopy(model))
     DynamicCache = pytest.importorskip("transformers").DynamicCache
-    caches = [DynamicCache(config=model.config) for _ in range(2)]
-    tokens = torch.randint(0, 64, (1, 5))
-    for _ in range(6):  # the prompt, then one token at a time
-        y = ours(tokens, past_key_values=caches[0]).logits
-        with torch.no_grad():
-            agree(y, reference(tokens, past_key_values=caches[1]).logits)
-        tokens = y[:, -1:].argmax(-1)
+    ours, _ = decoded(lambda config: DynamicCache(config=config), 6)
     assert [len(rows) for rows in ours.rows()] == [2, 2, 2]  # the prompt, the first length, and any other
 
 

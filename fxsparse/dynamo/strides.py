@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxsparse.ir.inputs import in_order
+
 
 def order_of(value: Any) -> list[int] | None:
     """Dimensions from the largest stride to the smallest; None where there is none to keep."""
@@ -23,7 +25,7 @@ def laid_out(y: Any, order: list[int] | None) -> Any:
         return y
     if order == sorted(order):
         return y.contiguous()
-    return y.permute(order).contiguous().permute(sorted(order, key=lambda d: order[d]))
+    return in_order(y, order)
 
 
 def apart(values: Iterator[Any]) -> Iterator[Any]:

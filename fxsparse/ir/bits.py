@@ -15,6 +15,11 @@ def any_along(bits: Tensor, dims: int | list[int], keepdim: bool = False) -> Ten
     return bits.view(torch.uint8).amax(dims, keepdim).view(torch.bool)
 
 
+def whole(bits: Tensor, dims: int | list[int]) -> Tensor:
+    """`bits`, set at all positions along `dims` where one is."""
+    return any_along(bits, dims, keepdim=True).expand_as(bits)
+
+
 def some(bits: Tensor) -> bool:
     """Whether any bit is set."""
     return bool(bits.numel()) and bool(bits.view(torch.uint8).amax())

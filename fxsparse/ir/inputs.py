@@ -21,6 +21,11 @@ def device_of(inputs: Iterable[Any]) -> torch.device:
     return next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
 
 
+def in_order(x: Tensor, order: Sequence[int]) -> Tensor:
+    """`x` with its dimensions in memory in this order, the one with the largest stride first."""
+    return x.permute(list(order)).contiguous().permute(sorted(order, key=lambda dim: order[dim]))
+
+
 def as_is(inputs: Sequence[Any]) -> Sequence[Any]:
     """The inputs themselves."""
     return inputs

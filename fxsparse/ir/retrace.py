@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from fxsparse.ir.capture import draws, drop_assertions
 from fxsparse.ir.graph import arg, aten, clone, free_name, operator_name, owner, set_tensor
-from fxsparse.ir.symbols import symbolic_dims
+from fxsparse.ir.symbols import open_sizes, symbolic_dims
 
 _RUNNING = ("running_mean", "running_var")
 _TRAINING_NORM = ("_native_batch_norm_legit_functional", "_native_batch_norm_legit")
@@ -66,7 +66,7 @@ class Retraced:
     @property
     def open_sizes(self) -> bool:
         """Whether another size than the batch is symbolic."""
-        return any(dim > 0 for n in _placeholders(self.gm) for dim in symbolic_dims(n))
+        return open_sizes(_placeholders(self.gm))
 
     @property
     def running(self) -> set[int]:

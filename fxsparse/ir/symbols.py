@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import sympy  # type: ignore[import-untyped]
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from fxsparse.errors import CaptureError
-from fxsparse.ir.bits import any_along
+from fxsparse.ir.bits import whole
 from fxsparse.ir.graph import aten
 
 RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints)
@@ -31,6 +31,11 @@ _JOINS = (
 def symbolic_dims(node: fx.Node) -> list[int]:
     """Dimensions of a node's value whose size is symbolic."""
     return [dim for dim, size in enumerate(_shape(node)) if not isinstance(size, int)]
+
+
+def open_sizes(inputs: Iterable[fx.Node]) -> bool:
+    """Whether another size of the inputs than the batch is symbolic, such as the length of a sequence."""
+    return any(dim > 0 for node in inputs for dim in symbolic_dims(node))
 
 
 def rank_of(node: fx.Node) -> int:
@@ -76,13 +81,8 @@ def evenly(node: fx.Node, bits: Tensor) -> Tensor:
     for dim, inner in _units(node):
         if bits.shape[dim] > inner:
             parts = bits.unflatten(dim, (-1, inner))
-            bits = any_along(parts, dim, keepdim=True).expand_as(parts).flatten(dim, dim + 1)
+            bits = whole(parts, dim).flatten(dim, dim + 1)
     return bits
-
-
-def whole(bits: Tensor, dims: list[int]) -> Tensor:
-    """`bits`, set at all positions along `dims` where one is."""
-    return any_along(bits, dims, keepdim=True).expand_as(bits)
 
 
 def varies(node: fx.Node, value: Tensor) -> Tensor | None:

@@ -31,7 +31,8 @@ class Contraction(Rule):
 
     def bias(self, node: fx.Node) -> fx.Node | None:
         """The added vector, if any."""
-        return None
+        bias = arg(node, "bias")
+        return bias if isinstance(bias, fx.Node) else None
 
     def mixed(self, node: fx.Node, rank: int) -> list[int]:
         return [rank - 1]
@@ -73,10 +74,6 @@ class Convolution(Contraction):
         aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
         aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
     )  # fmt: skip
-
-    def bias(self, node: fx.Node) -> fx.Node | None:
-        bias = arg(node, "bias")
-        return bias if isinstance(bias, fx.Node) else None
 
     def mixed(self, node: fx.Node, rank: int) -> list[int]:
         return []  # positions: `_product`
@@ -175,10 +172,6 @@ class TransposedConvolution(Contraction):
 
     ops = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
 
-    def bias(self, node: fx.Node) -> fx.Node | None:
-        bias = arg(node, "bias")
-        return bias if isinstance(bias, fx.Node) else None
-
     def mixed(self, node: fx.Node, rank: int) -> list[int]:
         return list(range(rank - rank_of(self.operands(node)[1]) + 2, rank))
 
@@ -211,10 +204,6 @@ class Linear(Contraction):
 
     ops = (aten.linear.default,)
 
-    def bias(self, node: fx.Node) -> fx.Node | None:
-        bias = arg(node, "bias")
-        return bias if isinstance(bias, fx.Node) else None
-
     def couple(self, node: fx.Node, facts: Facts, layout: Layout) -> None:
         x, w = self.operands(node)
         bias = self.bias(node)
@@ -239,6 +228,9 @@ class MatMul(Contraction):
     """y[..., m, n] = sum over k of a[..., m, k] * b[..., k, n]; both operands of the same rank, batches equal."""
 
     ops = (aten.matmul.default, aten.bmm.default, aten.mm.default)
+
+    def bias(self, node: fx.Node) -> None:
+        return None
 
     def couple(self, node: fx.Node, facts: Facts, layout: Layout) -> None:
         a, b = self.operands(node)

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from fxsparse.ir.bits import whole
 from fxsparse.ir.facts import Facts
 from fxsparse.ir.graph import arg, aten, operator_name, owner
 from fxsparse.ir.layout import Layout
-from fxsparse.ir.symbols import RESHAPES, crossing, whole
+from fxsparse.ir.symbols import RESHAPES, crossing
 from fxsparse.rules.rule import Rule, Sample, run
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fxsparse.ir.bits import any_along, some
+from fxsparse.ir.bits import some, whole
 from fxsparse.ir.facts import Facts
 from fxsparse.ir.graph import arg, aten, operator_name, owner
 from fxsparse.ir.layout import Layout
@@ -66,11 +66,11 @@ class Mixing(Rule):
         if _computed_weights(node, facts):
             return super().unknown(node, facts)
         x = facts.unknown[node.args[0]]  # type: ignore[index]
-        return any_along(x, self.mixed(node, x.dim()), keepdim=True).expand_as(x)
+        return whole(x, self.mixed(node, x.dim()))
 
     def demand(self, node: fx.Node, facts: Facts, demanded: Tensor) -> Mapping[fx.Node, Tensor]:
         weights = {n: torch.ones_like(facts.unknown[n]) for n in node.all_input_nodes}
-        mixed = any_along(demanded, self.mixed(node, demanded.dim()), keepdim=True).expand_as(demanded)
+        mixed = whole(demanded, self.mixed(node, demanded.dim()))
         return {**weights, node.args[0]: mixed}  # type: ignore[dict-item]
 
     def couple(self, node: fx.Node, facts: Facts, layout: Layout) -> None:
@@ -151,7 +151,7 @@ class GroupNorm(Rule):
     def _of_groups(self, node: fx.Node, bits: Tensor) -> Tensor:
         """Set in a whole group where one of it is."""
         parts = bits.unflatten(1, (self.groups(node), -1))
-        return any_along(parts, list(range(2, parts.dim())), keepdim=True).expand_as(parts).flatten(1, 2)
+        return whole(parts, list(range(2, parts.dim()))).flatten(1, 2)
 
 
 class InstanceNorm(GroupNorm):
