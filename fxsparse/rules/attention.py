@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
@@ -120,6 +121,9 @@ class Attention(Rule):
             ((2, 4, 3, 5), (2, 2, 6, 5), (2, 2, 6, 5)),
         )
         yield Sample(lambda x: F.scaled_dot_product_attention(x, x, x), ((2, 3, 5),))
+        yield Sample(  # keys that others read too
+            lambda q, k, v: torch.cat([F.scaled_dot_product_attention(q, k, v), k], 1), ((2, 3, 4, 5),) * 3
+        )
 
 
 def _aligned(facts: Facts, q: fx.Node, k: fx.Node, v: fx.Node) -> bool:
