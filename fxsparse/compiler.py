@@ -128,7 +128,8 @@ def compile(
 
     masks           Masks, a dict by parameter name (bool, uint8 or float 0/1), a path of anything that `fxsparse.read`
                     reads, or None: then zeros in the weights and torch.nn.utils.prune masks are found
-    target          "inductor" (default), "eager", "onnx" (ONNX Runtime, CPU) or "tensorrt"
+    target          "inductor" (default), "inductor_cpp" (its calls in C++), "eager", "onnx" (ONNX Runtime, CPU) or
+                    "tensorrt"
     example_inputs  positional inputs with the batch in dimension 0; None: compile at the first call
     dynamic_batch   accept any batch size
     formats         how the remaining weights are stored. "auto": dense or a sparse format, whichever is measured faster

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxsparse.backend import Target, find_target
+from fxsparse.backend.inductor import Inductor
 from fxsparse.backend.target import COMPILING, Runnable
 from fxsparse.errors import InputError
 from fxsparse.ir.files import writing
@@ -232,7 +233,7 @@ def _empty(build: Build, *inputs: Any) -> Sequence[Any]:
 
 def _native(build: Build, lowered_by: Target) -> tuple[bytes, Mapping[str, str]] | tuple[None, None]:
     """An AOTInductor package of the flat graph, and the machine it is for."""
-    if lowered_by.name != "inductor":
+    if not isinstance(lowered_by, Inductor):
         log.warning("no native code is saved: the build runs on target %r, which generates none", lowered_by.name)
         return None, None
     device = device_of(build.example)

@@ -190,7 +190,7 @@ def make_masks(recipe: str, model: nn.Module, sparsity: float, rows: int = 32) -
 
 def _dense(model: nn.Module, masks: fxsparse.Masks, x: Tensor) -> dict[str, Callable[[], object]]:
     """PyTorch's dense builds, whatever the target: what any of them has to beat."""
-    builds = dense_builds(_captured(model, masks, x), [x], find_target("inductor"))
+    builds = dense_builds(_captured(model, masks, x), [x], find_target("inductor" if x.is_cuda else "inductor_cpp"))
     return {f"dense: {b.name}": _call(b.run, b.prepare([x])) for b in builds}
 
 

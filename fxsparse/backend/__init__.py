@@ -13,7 +13,12 @@ __all__ = ["TARGETS", "Target", "find_target"]
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-TARGETS: dict[str, Target] = {kind.name: kind() for kind in Target.__subclasses__()}
+
+def _kinds(kind: type[Target]) -> list[type[Target]]:
+    return [found for sub in kind.__subclasses__() for found in (sub, *_kinds(sub))]
+
+
+TARGETS: dict[str, Target] = {kind.name: kind() for kind in _kinds(Target)}
 
 
 def find_target(name: str) -> Target:

@@ -42,6 +42,10 @@ class Inductor(Target):
     def formats(self, device: torch.device) -> tuple[str, ...]:
         return ("shuffled_block", "n_m") if device.type == "cpu" else ()
 
+    def options(self, gm: fx.GraphModule) -> dict[str, Any]:
+        """Inductor's settings for `gm`, at any shape."""
+        return options(gm)
+
     def lower(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Runnable:
         import torch._inductor
 
@@ -49,7 +53,7 @@ class Inductor(Target):
         for node in module.graph.nodes:  # symbolic shapes of the capture mean nothing to this trace
             node.meta.pop("val", None)
         with torch.no_grad(), _not_kept():
-            run = cast(Runnable, torch._inductor.compile(module, list(inputs), options=_tuned(gm)))
+            run = cast(Runnable, torch._inductor.compile(module, list(inputs), options=self.options(gm) | _tuned(gm)))
         return captured(run, inputs)
 
     def lower_dynamic(self, gm: fx.GraphModule) -> Runnable:
@@ -57,7 +61,7 @@ class Inductor(Target):
 
         module = with_memory(flat(gm))
         fake = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
-        patches, mode = {"config_patches": options(gm)}, fake_mode(module)
+        patches, mode = {"config_patches": self.options(gm)}, fake_mode(module)
         before = len(mode.shape_env.guards)
         with torch.no_grad(), _not_kept(), _no_word_of_saving(), tracing(TracingContext(mode)):
             run = torch._inductor.standalone_compile(
@@ -105,7 +109,7 @@ def with_memory(gm: fx.GraphModule) -> fx.GraphModule:
 
     A result that the operator itself made would be new at every call; above 32 MB, new pages that the system clears.
     """
-    for node in [n for n in gm.graph.nodes if _is_ours(n)]:
+    for node in [n for n in gm.graph.nodes if is_ours(n)]:
         into = getattr(torch.ops.fxsparse, f"{node.target._opname}_into", None)
         if into is not None and _keeps_open_sizes(node):
             with gm.graph.inserting_before(node):
@@ -117,7 +121,8 @@ def with_memory(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
-def _is_ours(node: fx.Node) -> bool:
+def is_ours(node: fx.Node) -> bool:
+    """Whether it calls one of fxsparse's operators."""
     return getattr(node.target, "namespace", "") == "fxsparse"
 
 
@@ -145,10 +150,10 @@ def options(gm: fx.GraphModule) -> dict[str, Any]:
     """
     return {
         "freezing": not any(b.dtype == torch.float64 for b in gm.buffers()),
-        "always_keep_tensor_constants": any(_is_ours(n) for n in gm.graph.nodes),
+        "always_keep_tensor_constants": any(is_ours(n) for n in gm.graph.nodes),
     }
 
 
 def _tuned(gm: fx.GraphModule) -> dict[str, Any]:
-    """`options` for one shape: on a GPU every product is tried in Triton's templates and in the libraries."""
-    return options(gm) | ({"max_autotune": True} if any(b.is_cuda for b in gm.buffers()) else {})
+    """More for a single shape: on a GPU every product is tried in Triton's templates and in the libraries."""
+    return {"max_autotune": True} if any(b.is_cuda for b in gm.buffers()) else {}

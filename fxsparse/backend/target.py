@@ -24,6 +24,7 @@ class Target:
     standard_operators: bool = False
     memory_formats: tuple[str, ...] = ("contiguous", "channels_last")  # that make a difference to it
     rivals: tuple[str, ...] = ("eager",)  # targets whose dense builds compete too
+    refines: str = ""  # a target: what it lowered and won with is tried on this one too, where that is `worthwhile`
 
     def formats(self, device: torch.device) -> tuple[str, ...]:
         """Names of the sparse formats (`fxsparse.formats`) whose kernels it can run on `device`."""
@@ -31,6 +32,10 @@ class Target:
 
     def require(self) -> None:
         """Raise TargetError when this machine cannot run the target. By default it can."""
+
+    def worthwhile(self, gm: fx.GraphModule, ms: float) -> bool:
+        """For a target that `refines` another: whether to try `gm`, which takes `ms` on that one."""
+        return True
 
     def lower(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Runnable:
         """`gm` made ready for inputs of exactly these shapes. `gm` is not changed."""

@@ -1,0 +1,37 @@
+"""Inductor with the calls between kernels in C++ too: in a small model Python costs a good part of the time.
+
+`target="inductor"` tries it by itself with the builds that won, where there is much to gain.
+Source: torch._inductor.config.cpp_wrapper.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from fxsparse.analysis.reasons import is_layer
+from fxsparse.backend.inductor import Inductor, is_ours
+
+CALL_US = 20.0  # what calling a layer's kernel costs in Python and not in C++
+WORTH = 0.05  # the part of the time that is worth a longer compilation
+FEWEST_CALLS = 16  # models of a few layers take microseconds either way
+MOST_OURS = 8  # of our operators: their calls take the C++ compiler a second each
+
+
+class InductorCpp(Inductor):
+    """The same kernels on a CPU; compiling takes seconds longer."""
+
+    name = "inductor_cpp"
+    rivals = ("eager", "inductor")
+    refines = "inductor"
+
+    def worthwhile(self, gm: fx.GraphModule, ms: float) -> bool:
+        calls = [n for n in gm.graph.nodes if n.op == "call_function" and (is_layer(n) or is_ours(n))]
+        ours = sum(map(is_ours, calls))
+        on_gpu = any(b.is_cuda for b in gm.buffers())
+        saved = len(calls) * CALL_US / 1e3
+        return not on_gpu and len(calls) >= FEWEST_CALLS and ours <= MOST_OURS and saved >= WORTH * ms
+
+    def options(self, gm: fx.GraphModule) -> dict[str, Any]:
+        return super().options(gm) | {"cpp_wrapper": True}

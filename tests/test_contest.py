@@ -1,0 +1,158 @@
+"""A second lowering of what won: tried where it is worthwhile, with the rewritten and the dense graph alike."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import fx, nn
+
+import fxsparse
+from fxsparse.backend import TARGETS
+from fxsparse.backend.eager import Eager
+from fxsparse.backend.inductor_cpp import FEWEST_CALLS, MOST_OURS, InductorCpp
+from fxsparse.backend.target import Runnable
+from fxsparse.ir.capture import capture
+from fxsparse.measure import Runs
+from tests.test_compile import Net, agree, images, masks_of, zeroed
+from tests.test_storage import Of, conv
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+class Quick(Eager):
+    """Eager under another name, which is tried after it."""
+
+    name = "quick"
+    rivals = ("eager",)
+    refines = "eager"
+
+    def __init__(self, worthwhile: bool = True, fails: bool = False) -> None:
+        self.asked: list[float] = []
+        self.lowered: list[fx.GraphModule] = []
+        self.is_worthwhile, self.fails = worthwhile, fails
+
+    def worthwhile(self, gm: fx.GraphModule, ms: float) -> bool:
+        self.asked.append(ms)
+        return self.is_worthwhile
+
+    def lower(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Runnable:
+        if self.fails:
+            raise RuntimeError("no such instruction\nat line 7")
+        self.lowered.append(gm)
+        return super().lower(gm, inputs)
+
+
+def compiled(monkeypatch: pytest.MonkeyPatch, quick: Quick, ms: Mapping[str, float]) -> fxsparse.SparseModule:
+    """Compiled for eager with `quick` beside it; a build takes the milliseconds of the first name it contains."""
+
+    def play_off(ours: Mapping[str, Callable[[], object]], rivals: Mapping[str, Callable[[], object]]) -> Runs:
+        return Runs({name: [next(t for part, t in ms.items() if part in name)] * 6 for name in [*ours, *rivals]})
+
+    monkeypatch.setitem(TARGETS, "quick", quick)
+    monkeypatch.setattr("fxsparse.contest.play_off", play_off)
+    model, x = Net(), images()
+    fast = fxsparse.compile(model, masks_of(model), "eager", example_inputs=x)
+    agree(fast(x), zeroed(model, masks_of(model))(x))
+    return fast
+
+
+SPARSE_GAINS = {"sparse: quick": 1.0, "sparse: eager": 2.0, "quick, channels_last": 3.0, "channels_last": 3.5, "": 4.0}
+
+
+def test_both_winners_are_lowered_again_and_all_four_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = Quick()
+    fast = compiled(monkeypatch, quick, SPARSE_GAINS)
+    report, build = fast.report, fast._built("test")
+    assert quick.asked == [2.0]
+    assert len(quick.lowered) == 2
+    assert (report.chosen, report.sparse_ms, report.dense_ms) == ("sparse", 1.0, 3.0)  # not 3.5: the dense one gained
+    assert {t.build for t in report.timings} == {
+        "sparse: eager", "sparse: quick", "eager, contiguous", "eager, channels_last", "quick, channels_last",
+    }  # fmt: skip
+    assert (build.target.name, build.lowered_by and build.lowered_by.name) == ("eager", "quick")
+
+
+def test_the_dense_build_may_win_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = compiled(monkeypatch, Quick(), SPARSE_GAINS | {"quick, channels_last": 0.5})
+    assert (fast.report.chosen, fast.report.dense_ms) == ("dense", 0.5)
+    lowered_by = fast._built("test").lowered_by
+    assert lowered_by is not None
+    assert lowered_by.name == "quick"
+
+
+def test_what_gains_nothing_by_it_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = compiled(monkeypatch, Quick(), SPARSE_GAINS | {"sparse: quick": 2.5})
+    lowered_by = fast._built("test").lowered_by
+    assert lowered_by is not None
+    assert (lowered_by.name, fast.report.sparse_ms) == ("eager", 2.0)
+
+
+def test_where_it_is_not_worthwhile_nothing_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = Quick(worthwhile=False)
+    fast = compiled(monkeypatch, quick, SPARSE_GAINS)
+    assert quick.lowered == []
+    assert (fast.report.sparse_ms, fast.report.dense_ms) == (2.0, 3.5)
+
+
+def test_a_compiler_that_fails_there_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "fxsparse"):
+        fast = compiled(monkeypatch, Quick(fails=True), SPARSE_GAINS)
+    assert (fast.report.chosen, fast.report.sparse_ms) == ("sparse", 2.0)
+    assert [r.getMessage() for r in caplog.records] == [
+        "target 'quick' could not lower it: RuntimeError: no such instruction"
+    ]
+
+
+# ------------------------------------------------------------ inductor_cpp
+
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-12, torch.bfloat16: 5e-2}
+
+
+def layers(count: int) -> fx.GraphModule:
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(count))).eval()
+    return capture(model, (torch.randn(2, 4),), fxsparse.Masks(), dynamic_batch=False)
+
+
+def test_calls_in_cpp_are_for_many_layers_that_take_little_time() -> None:
+    target = InductorCpp()
+    assert target.worthwhile(layers(FEWEST_CALLS), 1.0)
+    assert not target.worthwhile(layers(FEWEST_CALLS), 100.0)
+    assert not target.worthwhile(layers(FEWEST_CALLS - 1), 0.1)
+
+
+@pytest.mark.parametrize("formats", ["dense", "shuffled_block"])
+def test_calls_in_cpp_are_not_for_many_packed_layers(formats: str) -> None:
+    count = max(FEWEST_CALLS, MOST_OURS + 1)
+    blocks = torch.block_diag(torch.ones(16, 16), torch.ones(16, 16)).bool()
+    model, masks = (
+        nn.Sequential(*(nn.Linear(32, 32) for _ in range(count))),
+        {f"{i}.weight": blocks for i in range(count)},
+    )
+    options: dict[str, Any] = {"formats": formats, "measure": False, "verify": "off"}
+    gm = fxsparse.compile(model.eval(), masks, "eager", example_inputs=torch.randn(2, 32), **options).graph_module
+    assert InductorCpp().worthwhile(gm, 0.1) == (formats == "dense")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_same_function_with_calls_in_cpp(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = Of(lambda m, y: m["c"](m["b"](m["a"](y).relu()).relu().mean((2, 3))), a=conv(3, 8), b=conv(8, 32),
+               c=nn.Linear(32, 5)).to(dtype).eval()  # fmt: skip
+    x = torch.randn(2, 3, 8, 8, dtype=dtype)
+    packed: dict[str, Any] = {} if dtype == torch.float64 else {"formats": "shuffled_block"}
+    eager = fxsparse.compile(model, {}, "eager", example_inputs=x, measure=False, **packed)
+    fast = fxsparse.compile(model, {}, "inductor_cpp", example_inputs=x, measure=False, **packed)
+    fast.save(tmp_path / "m")
+    for module in (fast, fxsparse.load(tmp_path / "m")):
+        for batch in (2, 5):
+            other = torch.randn(batch, 3, 8, 8, dtype=dtype)
+            torch.testing.assert_close(module(other), eager(other), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
