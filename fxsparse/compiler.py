@@ -243,7 +243,7 @@ def _rewrite(captured: Captured, options: Options) -> _Rewritten:
     times.save()
     chose = any(d.step == "choose_formats" for d in stored.accepted)
     other = _Rewritten(captured, dense, shrunk, plan, rows, ref) if shrunk is not None and chose else None
-    plan = plan + without_a_row(dense, rows, captured.masks)
+    plan = plan + without_a_row(dense, rows, captured.masks, plan)
     return _Rewritten(captured, dense, gm, plan + stored, with_formats(rows, layers, stored), ref, other)
 
 

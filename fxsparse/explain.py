@@ -81,9 +81,9 @@ def _stored_name(layer: Layer) -> str:
     return str(weight.target) if isinstance(weight, fx.Node) else layer.name
 
 
-def without_a_row(gm: fx.GraphModule, rows: Iterable[Row], masks: Masks) -> Plan:
-    """Masked weights that no row speaks of, since no convolution or linear reads them as they are."""
-    named = {row.name for row in rows}
+def without_a_row(gm: fx.GraphModule, rows: Iterable[Row], masks: Masks, plan: Plan) -> Plan:
+    """Masked weights that no row and no decision speaks of, since no convolution or linear reads them as they are."""
+    named = {row.name for row in rows} | {d.where for d in plan.accepted}
     readers = {
         str(n.target): operator_name(next(iter(n.users))) for n in gm.graph.nodes if n.op == "get_attr" and n.users
     }

@@ -61,6 +61,7 @@ def load_weights(model: nn.Module, path: str) -> None:
 def set_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """The tensors of `state`, which come from `where`, into `model`. Raises InputError unless all fit."""
     own = model.state_dict()
+    state = _with_other_names(own, state, where)
     missing, unknown = [k for k in own if k not in state], [k for k in state if k not in own]
     if missing or unknown:
         first, others = (unknown[0], missing) if unknown else (missing[0], unknown)
@@ -79,6 +80,27 @@ def set_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> No
                 do="Was it saved from a model of another size?",
             )
     model.load_state_dict(dict(state))
+
+
+def _with_other_names(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """Files of safetensors hold a tied parameter under one of its names. InputError where two have other values."""
+    given: dict[tuple[int, torch.Size], str] = {}
+    complete = dict(state)
+    for name, tensor in own.items():
+        if name in state and tensor.numel():
+            first = given.setdefault((tensor.data_ptr(), tensor.shape), name)
+            if not torch.equal(state[first], state[name]):
+                raise InputError(
+                    where,
+                    expected=f"one value for {first!r} and {name!r}, which are one parameter of the model",
+                    got="two",
+                    do="Was it saved from a model that does not tie them? Untie them in this one too.",
+                )
+    for name, tensor in own.items():
+        other = given.get((tensor.data_ptr(), tensor.shape))
+        if name not in state and other is not None:
+            complete[name] = state[other]
+    return complete
 
 
 def parse_shape(text: str) -> tuple[int, ...]:

@@ -22,14 +22,18 @@ from fxsparse.passes import (
     lower_formats,
     permute_channels,
     shrink_channels,
+    write_means,
+    write_sums,
 )
 from fxsparse.passes.context import Context
 from fxsparse.passes.pipeline import name_of, run
 
 STRUCTURE: tuple[ModuleType, ...] = (
     fold_batch_norm,  # batch norm into the convolution before it
+    write_means,  # normalization over channels that are always 0, as products that can be cut
     fold_constants,  # channels that are constant become biases
     shrink_channels,  # channels nobody needs are cut out: smaller dense work, on every target
+    write_sums,  # what is left of those products
 )
 STORAGE: tuple[ModuleType, ...] = (
     choose_formats,  # per weight: dense or a sparse format, by measured time

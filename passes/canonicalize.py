@@ -4,7 +4,7 @@
 - split, split_with_sizes, chunk, unbind and glu become slices and selections
 - dropout outside training, alias, detach, contiguous, no-op clones and slices of everything (in `x[:, 0]`) go
 - products with a stored matrix [in, out] become linear
-- padding with a constant has one form
+- padding with a constant has one form, and so has conversion to another dtype
 - batch and heads that attention merges and takes apart again are permuted instead
 - cat lets go of tensors that hold nothing (an empty cache)
 - view becomes reshape: once copies are gone its strides may not allow a view
@@ -40,6 +40,7 @@ from fxsparse.passes.forms import (
     PRODUCTS,
     is_product,
     splits_heads,
+    write_conversion,
     write_glu,
     write_heads,
     write_linear,
@@ -84,6 +85,8 @@ def _decide(node: fx.Node, constant: Collection[fx.Node]) -> Decision | None:
         return _accept(node, "write pad as constant_pad_nd", "one form for one operator", write_padding)
     if node.target is aten.glu.default and isinstance(node.meta["val"].shape[arg(node, "dim")], int):
         return _accept(node, "write glu as a product", "its halves are channels of their own", write_glu)
+    if node.target is aten.type_as.default:
+        return _accept(node, "write type_as as a conversion", "it reads no values of its other input", write_conversion)
     if splits_heads(node):
         return _accept(node, "permute batch and heads", "it does not merge them", write_heads)
     if node.target in _VIEW:

@@ -39,6 +39,17 @@ def write_linear(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     return turned
 
 
+def write_conversion(gm: fx.GraphModule, node: fx.Node) -> None:
+    """type_as(x, y) -> _to_copy(x, dtype and device of y); x where it has them."""
+    x, y = (cast(fx.Node, n).meta["val"] for n in node.args)
+    if (x.dtype, x.device) == (y.dtype, y.device):
+        node.replace_all_uses_with(cast(fx.Node, node.args[0]))
+        gm.graph.erase_node(node)
+        return
+    node.target = aten._to_copy.default
+    node.args, node.kwargs = node.args[:1], {"dtype": y.dtype, "device": y.device}
+
+
 def write_padding(gm: fx.GraphModule, node: fx.Node) -> None:
     """`pad` as `constant_pad_nd`."""
     with gm.graph.inserting_before(node):

@@ -441,6 +441,40 @@ def test_casts_inside_the_model_are_verified() -> None:
     agree(build(model, masks, x)(x), zeroed(model, masks)(x), rtol=0.02, atol=0.02)
 
 
+class Labels(Net):
+    """Whole numbers for each pixel."""
+
+    def __init__(self, how: str = "argmax") -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in list(self)[:5]:
+            x = layer(x)
+        if self.how == "bytes":
+            return (x.sigmoid() * 255).to(torch.uint8)
+        return x.argmax(1) if self.how == "argmax" else x > 0.3
+
+
+@pytest.mark.parametrize("how", ["argmax", "threshold", "bytes"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_what_rounding_turns_over_in_integers_is_no_error(how: str, dtype: torch.dtype) -> None:
+    model, x = Labels(how).to(dtype), torch.randn(2, 2, 48, 48, dtype=dtype)
+    assert build(model, masks_of(model), x)(x).dtype == model(x).dtype
+
+
+def test_integers_that_are_wrong_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fold_batch_norm, "apply", _drop_norm)
+    with pytest.raises(VerificationError, match=r"all but \d+ elements of it; got \d+ elements that differ"):
+        build(Labels(), None, torch.randn(2, 2, 16, 16))
+
+
+def _drop_norm(gm: Any, decision: Any) -> None:
+    node = decision.data["node"]
+    node.replace_all_uses_with(node.args[0])
+    gm.graph.erase_node(node)
+
+
 def test_complex_outputs_are_verified() -> None:
     model, x = Wrapped(lambda m, x: torch.fft.fft(m.b(torch.relu(m.a(x))))).eval(), torch.randn(2, 5)
     masks = masks_of(model, {"a.weight": [0, 1]})

@@ -606,6 +606,27 @@ def test_a_model_that_is_gone_is_forgotten() -> None:
 # training, modes, threads
 
 
+@pytest.mark.parametrize("standardized", [False, True], ids=["activations", "weights"])
+def test_a_norm_by_the_statistics_of_its_input_is_no_training(standardized: bool) -> None:
+    class Normalized(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+            self.norm = nn.BatchNorm2d(8, track_running_stats=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if not standardized:
+                return self.b(self.norm(self.a(x)).relu())  # type: ignore[no-any-return]
+            w = F.batch_norm(self.b.weight.reshape(1, 4, -1), None, None, training=True).reshape_as(self.b.weight)
+            return F.conv2d(self.a(x).relu(), w, self.b.bias)
+
+    model, x = Normalized().eval(), torch.randn(2, 3, 8, 8)
+    masks = half(model, "a")
+    ours = Compiled(model, masks)
+    agree(ours(x), exact(model, masks, x))
+    assert len(ours.reports) == 1
+
+
 def test_gradients_and_training_mode_stay_dense_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     model, masks = Net(), half(Net(), "a", "c")
     ours = Compiled(model, masks)

@@ -244,6 +244,36 @@ def test_heads_of_pytorchs_own_attention_go(batch_first: bool) -> None:
     assert rows(report) == {f"{name}_weight": 3 * 2 * SIZE}
 
 
+@pytest.mark.parametrize("part", range(3), ids=["q", "k", "v"])
+def test_some_rows_of_one_projection_of_pytorchs_own_attention(part: int) -> None:
+    """Too few for a head to go: they stay, and the report says what for."""
+    model = nn.TransformerEncoderLayer(WIDTH, HEADS, 32, batch_first=True).double().eval()
+    mask = torch.ones_like(model.self_attn.in_proj_weight, dtype=torch.bool)
+    mask[part * WIDTH + 1 : part * WIDTH + 3] = False
+    report = compiled(model, {"self_attn.in_proj_weight": mask}, torch.randn(2, 5, WIDTH, dtype=torch.float64))
+    (row,) = (r for r in report.rows if r.name == "self_attn.in_proj_weight")
+    assert row.rows_removed == 0
+    assert row.kept_for
+
+
+def test_a_reader_beside_another_is_named() -> None:
+    """Squeeze and excitation: the mean of the dead rows is folded into the gate; the product needs them."""
+
+    class Gate(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.gate, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            return self.b(y * torch.sigmoid(self.gate(y.mean((2, 3), keepdim=True))))  # type: ignore[no-any-return]
+
+    model = Gate().double().eval()
+    report = compiled(model, {"a.weight": every_second(model.a.weight)}, torch.randn(2, 3, 6, 6, dtype=torch.float64))
+    (row,) = (r for r in report.rows if r.name == "a.weight")
+    assert row.kept_for == ("coupled with sigmoid by mul (4 rows)",)
+
+
 def test_half_of_a_vision_transformer_goes() -> None:
     model = (
         VisionTransformer(32, 8, num_layers=2, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=5).double().eval()

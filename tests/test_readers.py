@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 import fxsparse
-from fxsparse import MaskError, Masks
+from fxsparse import InputError, MaskError, Masks
 from fxsparse.formats.n_m import recognize
+from fxsparse.named import set_weights
 from tests.test_n_m import n_m_mask
 
 
@@ -330,3 +331,58 @@ def test_tensors_that_torch_cannot_look_into_are_refused_in_four_parts(tmp_path:
     torch.save(ODD[what], tmp_path / "odd.pt")
     with pytest.raises(fxsparse.MaskError, match="expected"):
         fxsparse.read(tmp_path / "odd.pt")
+
+
+class Tied(nn.Module):
+    """A table that is the head's weight too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(6, 4), nn.Linear(4, 6, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.table(x).relu())  # type: ignore[no-any-return]
+
+
+def test_a_tied_parameter_pruned_under_one_name_is_refused_where_a_mask_would_hold_for_both(tmp_path: Path) -> None:
+    model, x = Tied().eval(), torch.arange(6).view(2, 3)
+    prune.ln_structured(model.head, "weight", 0.5, 2, 0)
+    with torch.no_grad():
+        expected = model(x)
+    options: Any = {"example_inputs": x, "measure": False}
+    torch.testing.assert_close(fxsparse.compile(model, None, "eager", **options)(x), expected)
+    mask = {"head.weight": model.head.weight_mask}
+    with pytest.raises(MaskError, match=r"'table.weight', the same parameter, reads unmasked"):
+        fxsparse.compile(model, mask, "eager", **options)
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    with pytest.raises(MaskError, match=r"'table.weight', the same values unpruned: a tied parameter"):
+        fxsparse.read(tmp_path / "m.pt")
+
+
+def test_zeros_that_are_alike_are_not_tied(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    nn.init.zeros_(model[0].weight)
+    nn.init.zeros_(model[1].weight)
+    prune.l1_unstructured(model[0], "weight", 2)
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    assert list(fxsparse.read(tmp_path / "m.pt").masks) == ["0.weight"]
+
+
+def test_a_spectral_norm_beside_pruning_is_no_mask(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.utils.spectral_norm(nn.Linear(3, 4)), nn.Linear(4, 4))
+    prune.l1_unstructured(model[1], "weight", 2)
+    torch.save(model.state_dict(), tmp_path / "m.pt")
+    found = fxsparse.read(tmp_path / "m.pt")
+    assert list(found.masks) == ["1.weight"]
+    assert found.weights is not None
+    assert {"0.weight_orig", "0.weight_u", "0.weight_v"} <= set(found.weights)
+
+
+def test_a_file_names_a_tied_parameter_once_or_twice_with_one_value() -> None:
+    model, table = Tied(), torch.randn(6, 4)
+    for names in (("table.weight",), ("head.weight",), ("table.weight", "head.weight")):
+        set_weights(model, {name: table + len(name) - 10 if len(names) == 1 else table for name in names}, "a file")
+        assert torch.equal(model.head.weight, table + len(names[0]) - 10 if len(names) == 1 else table)
+    with pytest.raises(InputError, match=r"one value for 'table.weight' and 'head.weight'.*got two"):
+        set_weights(model, {"table.weight": table, "head.weight": table + 1}, "a file")

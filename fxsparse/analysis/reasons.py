@@ -16,6 +16,7 @@ from fxsparse.rules.contraction import Convolution, Linear
 from fxsparse.rules.elementwise import Elementwise
 from fxsparse.rules.movement import Movement
 
+_NEEDED = "needed"
 BLOCKERS = ("has no rule", "cannot be cut", "several results")
 
 
@@ -69,14 +70,15 @@ def _reader(node: fx.Node, dim: int, channel: int, facts: Facts) -> str:
         if facts.unknown[user].select(dim, channel).any():
             others = [owner(n) for n in user.all_input_nodes if n is not node and n.op != "get_attr"]
             return f"coupled{f' with {others[0]}' if others else ''} by {operator_name(user)}"
-        return _reader(user, dim, channel, facts)
-    return "needed"
+        if (found := _reader(user, dim, channel, facts)) != _NEEDED:
+            return found
+    return _NEEDED
 
 
 def _behind(node: fx.Node, facts: Facts) -> fx.Node:
     """Data movement holds nothing by itself: the first reader behind it that needs something."""
     while isinstance(rule_of(node), Movement):
-        asking = [user for user in node.users if user.op == "output" or facts.demanded[user].any()]
+        asking = [u for u in node.users if u.op == "output" or (u in facts.demanded and facts.demanded[u].any())]
         if not asking:
             break
         node = asking[0]

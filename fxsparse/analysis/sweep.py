@@ -31,6 +31,14 @@ def analyze(gm: fx.GraphModule, *, known: Facts | None = None, rule_of: RuleOf =
     known  facts of the same graph from before its weights were rewritten without changing any value: activations keep
            theirs, and only weights are read again
     """
+    facts = known_values(gm, known=known, rule_of=rule_of)
+    with torch.no_grad():
+        _backward(gm, facts, rule_of)
+    return facts
+
+
+def known_values(gm: fx.GraphModule, *, known: Facts | None = None, rule_of: RuleOf = rule_of) -> Facts:
+    """The forward sweep alone: facts without `demanded`."""
     facts = Facts()
     with torch.no_grad():
         for node in gm.graph.nodes:
@@ -38,7 +46,6 @@ def analyze(gm: fx.GraphModule, *, known: Facts | None = None, rule_of: RuleOf =
                 _reuse(node, known, facts)
             else:
                 _forward(gm, node, facts, rule_of)
-        _backward(gm, facts, rule_of)
     return facts
 
 

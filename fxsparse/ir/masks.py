@@ -180,6 +180,13 @@ def _matched(masks: Mapping[str, Tensor], model: nn.Module) -> Iterator[tuple[st
                 do="A mask is one bool per weight. To keep whole rows: mask[:, None, None, None].expand_as(weight).",
             )
         name = own_name[id(parameter)]
+        if given not in every and (other := _unpruned_name(parameter, every)):
+            raise MaskError(
+                f"mask for {given!r}",
+                expected="a weight that is pruned wherever it is read",
+                got=f"one that torch.nn.utils.prune masks there, and {other!r}, the same parameter, reads unmasked",
+                do="Leave masks out: the model's own pruning is found. A mask would hold for both.",
+            )
         if name in seen:
             raise MaskError(
                 f"mask for {given!r}",
@@ -189,3 +196,8 @@ def _matched(masks: Mapping[str, Tensor], model: nn.Module) -> Iterator[tuple[st
             )
         seen[name] = given
         yield name, mask
+
+
+def _unpruned_name(parameter: Tensor, every: Mapping[str, Tensor]) -> str:
+    """A name of a parameter, pruned under another one, by which it is not."""
+    return next((name for name, p in every.items() if p is parameter and not name.endswith("_orig")), "")

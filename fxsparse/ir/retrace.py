@@ -20,7 +20,7 @@ from fxsparse.ir.graph import arg, aten, clone, free_name, operator_name, owner,
 from fxsparse.ir.symbols import open_sizes, symbolic_dims
 
 _RUNNING = ("running_mean", "running_var")
-_TRAINING_NORM = ("_native_batch_norm_legit_functional", "_native_batch_norm_legit")
+_TRAINING_NORM = (aten._native_batch_norm_legit_functional.default, aten._native_batch_norm_legit.default)
 
 
 class Unfit(Exception):
@@ -227,7 +227,7 @@ def _refuse(gm: fx.GraphModule) -> None:
         seeded = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
         if seeded and draws(node):
             raise Training(f"{operator_name(node)} ({owner(node)}) draws random numbers")
-        if operator_name(node) in _TRAINING_NORM:
+        if node.target in _TRAINING_NORM:  # without running statistics it is a function of its input, in every mode
             raise Training(f"batch norm ({owner(node)}) is in training mode")
         value = node.meta.get("val")
         if isinstance(value, Tensor) and type(value).__name__ != "FakeTensor":

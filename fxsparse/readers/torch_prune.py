@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from fxsparse.errors import MaskError
@@ -13,6 +14,7 @@ from fxsparse.readers.files import are_tensors
 
 NAME = "torch.nn.utils.prune"
 _MASK, _ORIGINAL = "_mask", "_orig"
+_SPECTRAL = "_u"  # torch.nn.utils.spectral_norm has a `weight_orig` too
 
 
 def recognizes(found: Mapping[str, object]) -> bool:
@@ -24,8 +26,11 @@ def recognizes(found: Mapping[str, object]) -> bool:
 
 def read(found: Mapping[str, Tensor], where: str) -> Checkpoint:
     """Masks and masked weights under the names the model had before: `conv.weight`. MaskError without a mask."""
-    names = [key.removesuffix(_ORIGINAL) for key in found if key.endswith(_ORIGINAL)]
+    originals = [key.removesuffix(_ORIGINAL) for key in found if key.endswith(_ORIGINAL)]
+    names = [name for name in originals if name + _MASK in found or name + _SPECTRAL not in found]
     masks = Masks({name: _mask_of(name, found, where) for name in names})
+    for name in names:
+        _refuse_tied(name, found, where)
     halves = {name + end for name in names for end in (_MASK, _ORIGINAL)}
     weights = {key: tensor for key, tensor in found.items() if key not in halves}
     weights |= {name: found[name + _ORIGINAL].masked_fill(~mask, 0) for name, mask in masks.items()}
@@ -39,3 +44,19 @@ def _mask_of(name: str, found: Mapping[str, Tensor], where: str) -> Tensor:
                         got="none" if mask is None else f"shapes {tuple(original.shape)} and {tuple(mask.shape)}",
                         do="Save the whole state dict of the pruned model.")  # fmt: skip
     return mask
+
+
+def _refuse_tied(name: str, found: Mapping[str, Tensor], where: str) -> None:
+    """One parameter, pruned under one of its names: no model of the names before has two values for it."""
+    original = found[name + _ORIGINAL]
+    if original.dim() < 2 or bool((original == original.flatten()[:1]).all()):  # zeros and ones are alike by chance
+        return
+    for key, tensor in found.items():
+        if key.endswith((_ORIGINAL, _MASK)) or tensor.shape != original.shape or not torch.equal(tensor, original):
+            continue
+        raise MaskError(
+            f"{where}, {name!r}",
+            expected="a weight that is pruned wherever it is read",
+            got=f"{key!r}, the same values unpruned: a tied parameter",
+            do="Compile the pruned model itself with masks=None, or untie the two before pruning.",
+        )

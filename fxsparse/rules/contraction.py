@@ -7,7 +7,7 @@ A dimension of w is cut with the channels it reads (i) or writes (o). Groups: se
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -67,13 +67,10 @@ class Contraction(Rule):
         return run(node, facts, replace)  # type: ignore[no-any-return]
 
 
-class Convolution(Contraction):
-    """conv1d, conv2d, conv3d; any stride, padding and dilation."""
+class Window(Contraction):
+    """What convolution and its transpose share: every output reads a window, which in some places leaves the image."""
 
-    ops = (
-        aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
-        aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
-    )  # fmt: skip
+    contract: Callable[..., Tensor]  # over channels, for one tap and one place
 
     def mixed(self, node: fx.Node, rank: int) -> list[int]:
         return []  # positions: `_product`
@@ -96,8 +93,18 @@ class Convolution(Contraction):
             return super()._product(node, facts, replace)
         places = range(2 - rank_of(w), 0)
         sums = [replace[n].sum(tuple(places)).unsqueeze(-1) for n in (x, w)]
-        y = F.conv1d(sums[0], sums[1], groups=arg(node, "groups"))
+        y = type(self).contract(sums[0], sums[1], groups=arg(node, "groups"))
         return y.view(*y.shape, *[1] * (len(places) - 1)).expand(facts.value[node].shape)
+
+
+class Convolution(Window):
+    """conv1d, conv2d, conv3d; any stride, padding and dilation."""
+
+    contract = F.conv1d
+    ops = (
+        aten.conv1d.default, aten.conv2d.default, aten.conv3d.default,
+        aten.conv1d.padding, aten.conv2d.padding, aten.conv3d.padding,
+    )  # fmt: skip
 
     def couple(self, node: fx.Node, facts: Facts, layout: Layout) -> None:
         x, w = self.operands(node)
@@ -167,13 +174,11 @@ class Convolution(Contraction):
         yield Sample(lambda x: F.conv2d(x, w3.to(x), padding="same"), ((2, 5, 1, 1),))
 
 
-class TransposedConvolution(Contraction):
+class TransposedConvolution(Window):
     """conv_transpose1d, 2d, 3d without groups; the weight is [I, O, taps]."""
 
+    contract = F.conv_transpose1d
     ops = (aten.conv_transpose1d.default, aten.conv_transpose2d.input, aten.conv_transpose3d.input)
-
-    def mixed(self, node: fx.Node, rank: int) -> list[int]:
-        return list(range(rank - rank_of(self.operands(node)[1]) + 2, rank))
 
     def couple(self, node: fx.Node, facts: Facts, layout: Layout) -> None:
         x, w = self.operands(node)

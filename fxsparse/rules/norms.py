@@ -91,12 +91,24 @@ class Mixing(Rule):
 
 
 class LayerNorm(Mixing):
-    """layer_norm and rms_norm over the last dimensions."""
+    """layer_norm and rms_norm over the last dimensions; known for gamma = 0, like batch norm."""
 
     ops = (aten.layer_norm.default, aten.rms_norm.default)
 
     def mixed(self, node: fx.Node, rank: int) -> list[int]:
         return list(range(rank - len(arg(node, "normalized_shape")), rank))
+
+    def unknown(self, node: fx.Node, facts: Facts) -> Tensor:
+        return super().unknown(node, facts) & self._scale(node, facts)
+
+    def demand(self, node: fx.Node, facts: Facts, demanded: Tensor) -> Mapping[fx.Node, Tensor]:
+        return super().demand(node, facts, demanded & self._scale(node, facts))
+
+    def _scale(self, node: fx.Node, facts: Facts) -> Tensor:
+        """Where the output can depend on the input: all of it when gamma, or beta, is computed from the input."""
+        gamma = arg(node, "weight")
+        everywhere = torch.ones_like(facts.value[node], dtype=torch.bool)
+        return everywhere if gamma is None or _computed_weights(node, facts) else everywhere & facts.nonzero(gamma)
 
     def samples(self) -> Iterable[Sample]:
         gamma = torch.tensor([1.0, 0.0, -2.0, 0.5, 3.0], dtype=torch.float64)
@@ -105,8 +117,12 @@ class LayerNorm(Mixing):
 
 
 class GroupNorm(Rule):
-    """group_norm: channels and positions of a group are mixed. A group stays whole or goes whole."""
+    """group_norm: channels and positions of a group are mixed. A group stays whole or goes whole.
 
+    What is known of a group is the same at all positions of an image of any size, and so are its mean and variance.
+    """
+
+    at_any_size = True
     ops: tuple[Any, ...] = (aten.group_norm.default,)
 
     def groups(self, node: fx.Node) -> int:

@@ -13,6 +13,7 @@ from fxsparse.ir.bits import any_along
 from fxsparse.ir.facts import Facts
 from fxsparse.ir.graph import arg, aten
 from fxsparse.ir.layout import Layout
+from fxsparse.ir.symbols import symbolic_dims
 from fxsparse.rules.rule import Rule, Sample, run, tie_leading, vjp
 
 
@@ -20,6 +21,7 @@ class AveragePool(Rule):
     """Linear windows: the operator itself tells, run on the bits."""
 
     spatial = 2
+    at_any_size = True
     ops: tuple[Any, ...] = (
         aten.avg_pool2d.default, aten.adaptive_avg_pool2d.default, aten.upsample_nearest2d.vec,
         aten._upsample_nearest_exact2d.vec, aten.upsample_bilinear2d.vec,
@@ -30,7 +32,11 @@ class AveragePool(Rule):
 
     def unknown(self, node: fx.Node, facts: Facts) -> Tensor:
         (x,) = [n for n in node.all_input_nodes if n in facts.unknown]
-        return run(node, facts, {x: facts.unknown[x].float()}) > 0  # type: ignore[no-any-return]
+        found: Tensor = run(node, facts, {x: facts.unknown[x].float()}) > 0
+        if {*symbolic_dims(x)}.isdisjoint(self.mixed(node, found.dim())):
+            return found
+        varies: Tensor = facts.value[node] != 0  # how much padding a constant meets depends on the size
+        return found | varies
 
     def demand(self, node: fx.Node, facts: Facts, demanded: Tensor) -> Mapping[fx.Node, Tensor]:
         (x,) = [n for n in node.all_input_nodes if n in facts.unknown]
