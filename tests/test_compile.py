@@ -475,6 +475,26 @@ def _drop_norm(gm: Any, decision: Any) -> None:
     gm.graph.erase_node(node)
 
 
+@torch.library.custom_op("fxsparse_test::narrow", mutates_args=())
+def narrow(x: Tensor) -> Tensor:
+    if x.dtype == torch.float64:
+        raise RuntimeError("no kernel for Double")
+    return x * 2
+
+
+narrow.register_fake(torch.empty_like)
+
+
+def test_operators_that_have_no_float64_keep_what_they_read_and_cannot_be_verified() -> None:
+    model = Wrapped(lambda m, x: m.b(narrow(m.a(x).relu())))
+    x, masks = torch.randn(2, 5), {"a.weight": torch.arange(8)[:, None].expand(-1, 5) > 3}
+    with pytest.raises(VerificationError, match="operators that run in float64 too; got RuntimeError: no kernel"):
+        build(model, masks, x)
+    fast = build(model, masks, x, verify="off")
+    agree(fast(x), zeroed(model, masks)(x))
+    assert [r.rows_removed for r in fast.report.rows] == [0, 0]
+
+
 def test_complex_outputs_are_verified() -> None:
     model, x = Wrapped(lambda m, x: torch.fft.fft(m.b(torch.relu(m.a(x))))).eval(), torch.randn(2, 5)
     masks = masks_of(model, {"a.weight": [0, 1]})

@@ -69,7 +69,13 @@ def _forward(gm: fx.GraphModule, node: fx.Node, facts: Facts, rule_of: RuleOf) -
         facts.unknown[node] = torch.zeros_like(weight, dtype=torch.bool)
     elif node.op == "call_function":
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: facts.value[n])
-        value = cast(Callable[..., Any], node.target)(*args, **kwargs)
+        try:
+            value = cast(Callable[..., Any], node.target)(*args, **kwargs)
+        except RuntimeError:
+            if not isinstance(value := _zeros(node), Tensor):
+                raise
+            facts.value[node], facts.unknown[node] = value, torch.ones_like(value, dtype=torch.bool)
+            return  # it has no kernel for float64: nothing is known of it
         facts.value[node] = value
         if isinstance(value, Tensor):
             facts.value[node] = value = _wide(value)
