@@ -25,7 +25,18 @@ from fxsparse.analysis.closure import smallest_layout
 from fxsparse.analysis.sweep import analyze, known_values
 from fxsparse.ir.decision import Decision
 from fxsparse.ir.facts import Facts
-from fxsparse.ir.graph import arg, aten, call_nodes, clone, new_weight, operator_name, owner, refresh, weight_of
+from fxsparse.ir.graph import (
+    arg,
+    aten,
+    call_for,
+    call_nodes,
+    clone,
+    new_weight,
+    operator_name,
+    owner,
+    refresh,
+    weight_of,
+)
 from fxsparse.ir.symbols import rank_of
 from fxsparse.passes import fold_constants
 from fxsparse.passes.context import Context
@@ -43,7 +54,14 @@ def plan(gm: fx.GraphModule, ctx: Context) -> list[Decision]:
         return []
     facts = known_values(gm)
     found = [d for node in candidates if (d := _decide(gm, node, facts)) is not None]
-    return _with_gain(gm, found) if found else []
+    refused: list[Decision] = []
+    while found:  # what is refused keeps its channels, and perhaps those of others
+        tried = _with_gain(gm, found)
+        found = [d for d in tried if d.accepted]
+        refused += [d for d in tried if not d.accepted]
+        if len(found) == len(tried):
+            break
+    return found + refused
 
 
 def _with_gain(gm: fx.GraphModule, decisions: list[Decision]) -> list[Decision]:
@@ -115,9 +133,7 @@ class _Writer:
         return self.cast(cast(fx.Node, self.node.args[0]), self.wide)
 
     def call(self, op: Any, *args: Any) -> fx.Node:
-        node = self.gm.graph.call_function(op, args)
-        node.meta["nn_module_stack"] = self.node.meta.get("nn_module_stack")
-        return node
+        return call_for(self.gm, self.node, op, *args)
 
     def cast(self, x: fx.Node, dtype: torch.dtype) -> fx.Node:
         if self.wide is self.dtype:
@@ -139,7 +155,7 @@ class _Writer:
     def scaled(self, x: fx.Node, square: fx.Node) -> fx.Node:
         """X / sqrt(square + eps) gamma + beta, in the dtype of `node`."""
         eps = arg(self.node, "eps")
-        eps = torch.finfo(self.dtype).eps if eps is None else eps
+        eps = torch.finfo(self.wide).eps if eps is None else eps  # as in PyTorch, for half precision too
         y = self.call(aten.mul.Tensor, x, self.call(aten.rsqrt.default, self.call(aten.add.Scalar, square, eps)))
         for name, op in (("weight", aten.mul.Tensor), ("bias", aten.add.Tensor)):
             known = any(p.name == name for p in cast(Any, self.node.target)._schema.arguments)

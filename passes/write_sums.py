@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import cast
 
 from torch import Tensor, fx
 
 from fxsparse.ir.decision import Decision
-from fxsparse.ir.graph import arg, aten, new_weight, owner, weight_of
+from fxsparse.ir.graph import arg, aten, call_for, new_weight, owner, weight_of
 from fxsparse.passes.context import Context
 from fxsparse.passes.write_means import MEAN
 
@@ -28,14 +28,9 @@ def apply(gm: fx.GraphModule, decision: Decision) -> None:
     if not alike:
         factor = new_weight(gm, node, f"{owner(node)}.row", row.clone())
     with gm.graph.inserting_before(node):
-
-        def call(op: Any, *args: Any) -> fx.Node:
-            made = gm.graph.call_function(op, args)
-            made.meta["nn_module_stack"] = node.meta.get("nn_module_stack")
-            return made
-
-        y = call(aten.sum.dim_IntList, x if alike else call(aten.mul.Tensor, x, factor), [-1], True)
-        y = call(aten.mul.Scalar, y, float(row[0])) if alike else y
-        y = y if bias is None else call(aten.add.Tensor, y, bias)
+        counted = x if alike else call_for(gm, node, aten.mul.Tensor, x, factor)
+        y = call_for(gm, node, aten.sum.dim_IntList, counted, [-1], True)
+        y = call_for(gm, node, aten.mul.Scalar, y, float(row[0])) if alike else y
+        y = y if bias is None else call_for(gm, node, aten.add.Tensor, y, bias)
     node.replace_all_uses_with(y)
     gm.graph.erase_node(node)

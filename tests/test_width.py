@@ -147,6 +147,17 @@ def test_half_precision_takes_its_statistics_in_float32() -> None:
     assert own <= 2 * other + 1e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_eps_that_is_left_out_is_pytorchs(dtype: torch.dtype) -> None:
+    """That of float32 in half precision too: for small values it decides."""
+    model = Net(nn.RMSNorm)
+    with torch.no_grad():
+        for p in (model.words.weight, model.places, *(p for d in model.downs for p in d.parameters())):
+            p.mul_(1e-3)
+    model = model.to(dtype)
+    compiled(model, width_masks(model), rtol=0.1, atol=0.1)
+
+
 def test_channels_of_a_norm_that_are_not_zero_stay() -> None:
     """Their gamma is alive, so that c = -mean(x) is wanted; or beta alone is, and what reads them gets a bias."""
     model = Net(nn.LayerNorm).double()

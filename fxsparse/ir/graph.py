@@ -78,6 +78,14 @@ def new_weight(gm: fx.GraphModule, before: fx.Node, name: str, tensor: Tensor) -
     return node
 
 
+def call_for(gm: fx.GraphModule, node: fx.Node, op: Any, *args: Any) -> fx.Node:
+    """A call with the provenance of `node`, in whose place it comes, at the graph's insertion point."""
+    made = gm.graph.call_function(op, args)
+    if "nn_module_stack" in node.meta:
+        made.meta["nn_module_stack"] = node.meta["nn_module_stack"]
+    return made
+
+
 def replace_weight(gm: fx.GraphModule, node: fx.Node, tensor: Tensor) -> None:
     """Give the get_attr `node` another tensor. A name that other nodes read too is left alone: a new one is taken."""
     name = str(node.target)
