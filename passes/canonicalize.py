@@ -30,6 +30,7 @@ from fxsparse.ir.graph import (
     aten,
     free_name,
     get_tensor,
+    is_ours,
     operator_name,
     owner,
     set_tensor,
@@ -110,7 +111,7 @@ def _in_training(node: fx.Node) -> bool:
 
 def _lays_out(node: fx.Node) -> bool:
     """Whether it gives one of our own operators the memory layout it reads."""
-    return any(getattr(user.target, "namespace", "") == "fxsparse" for user in node.users)
+    return any(map(is_ours, node.users))
 
 
 def _is_item(node: fx.Node) -> bool:

@@ -237,6 +237,17 @@ def test_features_that_all_rows_of_a_table_share_are_constants(padding_idx: int 
     assert {r.name: r.columns_removed for r in report.rows} == {"layer.weight": 2}
 
 
+def test_a_single_word_is_looked_up() -> None:
+    """An index without dimensions gives a row without a batch."""
+
+    class One(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.words(x) + self.words(x.max()))  # type: ignore[no-any-return]
+
+    model = One(nn.LayerNorm).double()
+    compiled(model, {"words.weight": width_masks(model)["words.weight"]})
+
+
 def test_width_and_neurons_together_through_inductor() -> None:
     model = Net(nn.RMSNorm)
     masks = width_masks(model)

@@ -21,7 +21,7 @@ from fxsparse.backend.any_size import AnySize, Assumptions
 from fxsparse.backend.cuda_graph import captured
 from fxsparse.backend.target import Runnable, Target
 from fxsparse.errors import TargetError
-from fxsparse.ir.graph import aten, fake_mode, flat
+from fxsparse.ir.graph import aten, fake_mode, flat, is_ours
 from fxsparse.kernels.build import compiler, compilers
 
 
@@ -119,11 +119,6 @@ def with_memory(gm: fx.GraphModule) -> fx.GraphModule:
             gm.graph.erase_node(node)
     gm.recompile()
     return gm
-
-
-def is_ours(node: fx.Node) -> bool:
-    """Whether it calls one of fxsparse's operators."""
-    return getattr(node.target, "namespace", "") == "fxsparse"
 
 
 def _keeps_open_sizes(node: fx.Node) -> bool:

@@ -11,7 +11,8 @@ from typing import Any
 from torch import fx
 
 from fxsparse.analysis.reasons import is_layer
-from fxsparse.backend.inductor import Inductor, is_ours
+from fxsparse.backend.inductor import Inductor
+from fxsparse.ir.graph import is_ours
 
 CALL_US = 20.0  # what calling a layer's kernel costs in Python and not in C++
 WORTH = 0.05  # the part of the time that is worth a longer compilation

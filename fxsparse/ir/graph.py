@@ -73,17 +73,23 @@ def new_weight(gm: fx.GraphModule, before: fx.Node, name: str, tensor: Tensor) -
     set_tensor(gm, name, tensor)
     with gm.graph.inserting_before(before):
         node = gm.graph.get_attr(name)
-    if "nn_module_stack" in before.meta:
-        node.meta["nn_module_stack"] = before.meta["nn_module_stack"]
-    return node
+    return _of_module(node, before)
 
 
 def call_for(gm: fx.GraphModule, node: fx.Node, op: Any, *args: Any) -> fx.Node:
     """A call with the provenance of `node`, in whose place it comes, at the graph's insertion point."""
-    made = gm.graph.call_function(op, args)
+    return _of_module(gm.graph.call_function(op, args), node)
+
+
+def _of_module(made: fx.Node, node: fx.Node) -> fx.Node:
     if "nn_module_stack" in node.meta:
         made.meta["nn_module_stack"] = node.meta["nn_module_stack"]
     return made
+
+
+def is_ours(node: fx.Node) -> bool:
+    """Whether it calls one of fxsparse's operators."""
+    return getattr(node.target, "namespace", "") == "fxsparse"
 
 
 def replace_weight(gm: fx.GraphModule, node: fx.Node, tensor: Tensor) -> None:

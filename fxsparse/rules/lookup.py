@@ -30,7 +30,7 @@ class Embedding(Rule):
 
     def demand(self, node: fx.Node, facts: Facts, demanded: Tensor) -> Mapping[fx.Node, Tensor]:
         table, index = _operands(node)
-        features = any_along(demanded.flatten(0, -2), 0)
+        features = any_along(demanded, [*range(demanded.dim() - 1)])
         return {table: features.expand_as(facts.unknown[table]), index: any_along(demanded, [-1])}
 
     def couple(self, node: fx.Node, facts: Facts, layout: Layout) -> None:
