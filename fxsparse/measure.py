@@ -298,9 +298,10 @@ def _machine_key() -> str:
 
 
 def cpu_name() -> str:
-    """The processor's own name, as the system tells it."""
+    """The processor's own name, as the system tells it, and its vectors: clouds call several generations "AMD EPYC"."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        lines = []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return f"{next(named, platform.processor() or platform.machine())}, {torch.backends.cpu.get_cpu_capability()}"

@@ -3,7 +3,7 @@
 - inference batch norm (three results) becomes batch_norm (one)
 - split, split_with_sizes, chunk, unbind and glu become slices and selections
 - dropout outside training, alias, detach, contiguous, no-op clones and slices of everything (in `x[:, 0]`) go
-- products with a stored matrix [in, out] become linear
+- products with a stored matrix [in, out] become linear; an einsum of two tensors becomes the product that it is
 - padding with a constant has one form, and so has conversion to another dtype
 - batch and heads that attention merges and takes apart again are permuted instead
 - cat lets go of tensors that hold nothing (an empty cache)
@@ -16,6 +16,7 @@ All of it is exact. `shrink_channels` and the rules then need to know one form o
 
 from __future__ import annotations
 
+import functools
 import operator
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -37,6 +38,7 @@ from fxsparse.ir.graph import (
 )
 from fxsparse.ir.symbols import rank_of, symbolic_dims
 from fxsparse.passes.context import Context
+from fxsparse.passes.einsum import Product, product_of, write_product
 from fxsparse.passes.forms import (
     PRODUCTS,
     is_product,
@@ -82,6 +84,9 @@ def _decide(node: fx.Node, constant: Collection[fx.Node]) -> Decision | None:
         return _accept(node, "drop slice", "it takes everything", _drop)
     if node.target in PRODUCTS and is_product(node, constant):
         return _accept(node, f"write {operator_name(node)} as linear", "its right side is a weight", _write_linear)
+    if node.target is aten.einsum.default and product_of(node, constant) is not None:
+        rewrite = functools.partial(_write_product, constant)
+        return _accept(node, "write einsum as a product", "one form for one operator", rewrite)
     if node.target is aten.pad.default and arg(node, "mode") == "constant":
         return _accept(node, "write pad as constant_pad_nd", "one form for one operator", write_padding)
     if node.target is aten.glu.default and isinstance(node.meta["val"].shape[arg(node, "dim")], int):
@@ -145,6 +150,13 @@ def _takes_all(node: fx.Node) -> bool:
 
 def _write_linear(gm: fx.GraphModule, node: fx.Node) -> None:
     _compute(gm, write_linear(gm, node))
+
+
+def _write_product(constant: Collection[fx.Node], gm: fx.GraphModule, node: fx.Node) -> None:
+    product = cast(Product, product_of(node, constant))  # again: its tensors may have been rewritten meanwhile
+    stored = write_product(gm, node, product)
+    if stored is not None:
+        _compute(gm, stored)
 
 
 def _drop_nothing(gm: fx.GraphModule, node: fx.Node) -> None:

@@ -18,7 +18,8 @@ from torch.nn.utils import prune
 
 import fxsparse
 import fxsparse.coarsen
-from fxsparse import cli, named
+from fxsparse import cli
+from fxsparse.cli import named
 from fxsparse.errors import TargetError, VerificationError
 from fxsparse.progress import progress
 from fxsparse.report import Report, Timing
@@ -126,6 +127,14 @@ def test_compile_hands_over_masks_weights_and_options(nets: Path, calls: list[di
         assert torch.equal(call["masks"]["weight"], weight > 3)
         assert [tuple(x.shape) for x in call["inputs"]] == [(1, 4), (2, 4)]
         assert (call["verify"], call["measure"], call["target"]) == ("each", False, "inductor")
+
+
+def test_token_ids_are_whole_numbers_below_a_bound(nets: Path, calls: list[dict[str, Any]]) -> None:
+    assert cli.main(["plan", "nets_here:tiny", "--input", "2,500:7", "--input", "3,4", "--dtype", "bfloat16"]) == 0
+    ids, numbers = calls[0]["inputs"]
+    assert (ids.dtype, numbers.dtype) == (torch.int64, torch.bfloat16)
+    assert ids.shape == (2, 500)
+    assert ids.unique().tolist() == list(range(7))
 
 
 def test_a_model_has_the_same_weights_and_inputs_in_every_run(nets: Path, calls: list[dict[str, Any]]) -> None:
@@ -274,6 +283,10 @@ def test_what_is_not_a_model_is_refused(nets: Path, refused: Callable[..., str],
         (["--input", "3,x"], "InputError: --input 3,x: expected positive whole numbers with commas between; got 'x'"),
         (["--input", "3,0"], "got '0' for one of them.\n  For one picture: --input 1,3,224,224"),
         (["--input", ""], "got '' for one of them"),
+        (["--input", "1,8:"], "got '' for one of them"),
+        (["--input", "1,8:-5"], "got '-5' for one of them.\n  For one picture"),
+        (["--input", "1,8:50,7"], "got '50,7' for one of them"),
+        (["--input", f"1,8:{2**70}"], "--input: expected shapes that fit into memory and ids into int64; got "),
         ([], "InputError: --input: expected the shape of each input of the model; got none.\n"),
         (["--input", "3,4", "--dtype", "float16"], "--dtype: expected float32, float64, bfloat16; got 'float16'.\n"),
         (["--input", "3,4", "--dtype", "bfloat61"], "Did you mean 'bfloat16'"),
@@ -283,7 +296,7 @@ def test_what_is_not_a_model_is_refused(nets: Path, refused: Callable[..., str],
         (["--input", "3,4", "--html", "nets_here.py/x"], "output file 'nets_here.py/x': expected a path in a folder"),
         (["--input", "3,4", "--json", "."], "output file '.': expected a file; got a folder.\n"),
         (["--input", "3,4", "--json", "/proc/x"], "output file '/proc/x': expected a path in a folder"),
-        (["--input", "99999999999,99999999"], "--input: expected shapes that fit into memory; got RuntimeError"),
+        (["--input", "99999999999,99999999"], "--input: expected shapes that fit into memory and ids"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(
@@ -310,6 +323,26 @@ def test_weights_that_do_not_fit_are_refused(
 ) -> None:
     torch.save(state, nets / "weights.pt")
     assert sentence in refused("plan", "nets_here:tiny", "--input", "3,4", "--weights", "weights.pt")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod."])
+def test_weights_and_masks_saved_from_a_wrapped_model_fit(
+    nets: Path,
+    calls: list[dict[str, Any]],
+    refused: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+    prefix: str,
+) -> None:
+    weight = torch.arange(8.0).reshape(2, 4)
+    save_file({f"{prefix}weight": weight}, nets / "pruned.safetensors")
+    assert cli.main(["plan", "nets_here:tiny", "--input", "3,4", "--masks", "pruned.safetensors"]) == 0
+    assert calls[0]["model"].weight.equal(weight)
+    assert calls[0]["masks"].check(calls[0]["model"])["weight"].equal(weight > 0)
+    capsys.readouterr()
+    save_file({f"{prefix}weight": weight, f"{prefix}bias": weight[0].clone()}, nets / "other.safetensors")
+    assert "1 unknown ones; the first is 'bias'" in refused(
+        "plan", "nets_here:tiny", "--input", "3,4", "--weights", "other.safetensors"
+    )
 
 
 @pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
@@ -390,6 +423,11 @@ def test_version_names_torchs_too(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"fxsparse {fxsparse.__version__}, torch {torch.__version__}\n"
+
+
+def test_the_package_is_the_command_too() -> None:
+    run = subprocess.run([sys.executable, "-m", "fxsparse", "--version"], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout.split()[0], run.stderr) == (0, "fxsparse", "")
 
 
 def test_the_smallest_model_end_to_end(

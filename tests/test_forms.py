@@ -12,6 +12,8 @@ from torchvision.models import VisionTransformer
 
 import fxsparse
 from fxsparse import Masks, Report
+from fxsparse.ir.capture import capture
+from fxsparse.passes import Context, canonicalize, run
 from tools.transformer_recipes import heads_and_neurons
 
 WIDTH, HEADS, SIZE = 24, 6, 4
@@ -66,6 +68,9 @@ IMAGES: dict[str, Callable[[Tensor], Tensor]] = {
     "instance norm": nn.InstanceNorm2d(8, affine=True).double(),
     "group norm, a channel each": nn.GroupNorm(8, 8).double(),
     "pooled": lambda x: F.max_pool2d(F.interpolate(x, scale_factor=2.0, mode="nearest-exact"), 2),
+    "bicubic": lambda x: F.interpolate(x, size=(9, 7), mode="bicubic"),
+    "written to": lambda x: x.slice_scatter(x.amax((2, 3), keepdim=True).expand(-1, -1, 6, 2), 3, 1, 3),
+    "by its deviation": lambda x: x / (1 + x.std((2, 3), keepdim=True)),
     "in a row": lambda x: F.max_pool1d(x.flatten(2), 2).unsqueeze(2),
 }
 
@@ -102,6 +107,73 @@ def test_a_transposed_convolution_is_cut_on_both_sides() -> None:
     report = compiled(model, masks, torch.randn(2, 3, 6, 5).double())
     assert rows(report)["0.weight"] == 4
     assert {r.name: r.columns_removed for r in report.rows}["3.weight"] == 3
+
+
+class Einsums(nn.Module):
+    """Attention as equations: projections [width, heads, size], scores, values, and back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        weights = torch.randn(4, WIDTH, HEADS, SIZE, generator=torch.Generator().manual_seed(0))
+        self.q, self.k, self.v, self.o = (nn.Parameter(w) for w in weights)
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (torch.einsum("b l e, e h d -> b l h d", x, w) for w in (self.q, self.k, self.v))
+        p = torch.einsum("blhd,bshd->bhls", q, k).softmax(-1)
+        return torch.einsum("blhd,ehd->ble", torch.einsum("bhls,bshd->blhd", p, v), self.o)
+
+
+def test_heads_written_as_equations_go() -> None:
+    model = Einsums()
+    mask = torch.ones_like(model.v, dtype=torch.bool)
+    mask[:, [1, 4]] = False
+    report = compiled(model, {"v": mask}, torch.randn(2, 5, WIDTH).double())
+    assert rows(report) == dict.fromkeys("qkv", 2 * SIZE)
+    assert {r.name: r.columns_removed for r in report.rows}["o"] == 2 * SIZE
+
+
+EQUATIONS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "bij,bjk": ((3, 2, 4), (3, 4, 5)),
+    "bij,bkj->bki": ((3, 2, 4), (3, 5, 4)),
+    "bqc, bchw -> bqhw": ((3, 2, 4), (3, 4, 2, 5)),
+    "bhwc,hkc->bhwk": ((3, 2, 2, 4), (2, 5, 4)),
+    "bsj,j->bs": ((3, 2, 4), (4,)),
+    "j,bsj->bs": ((4,), (3, 2, 4)),
+    "ihd,bid->hb": ((4, 2, 5), (3, 4, 5)),
+    "bdi,bdi->b": ((3, 2, 4), (3, 2, 4)),
+    "bid,bjd->bij": ((3, 2, 4), (3, 5, 4)),
+    "bid,bjd->bijd": ((3, 2, 4), (3, 5, 4)),  # contracts nothing
+    "bii,bij->bj": ((3, 4, 4), (3, 4, 2)),  # a diagonal
+    "bik,bjl->bij": ((3, 2, 4), (3, 5, 2)),  # sums of one tensor alone
+    "...i,ij->...j": ((3, 2, 4), (4, 5)),
+    "bi,ij->bj": ((3, 4), (1, 5)),  # broadcast
+}  # fmt: skip
+LEFT = {"bid,bjd->bijd", "bii,bij->bj", "bik,bjl->bij", "...i,ij->...j", "bi,ij->bj"}
+
+
+class Equation(nn.Module):
+    def __init__(self, equation: str, second: Tensor | None) -> None:
+        super().__init__()
+        self.equation = equation
+        self.second = nn.Parameter(second) if second is not None else None
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        return torch.einsum(self.equation, x, self.second if y is None else y) * 2
+
+
+@pytest.mark.parametrize("equation", EQUATIONS)
+@pytest.mark.parametrize("stored", [False, True])
+def test_an_equation_is_its_product(equation: str, stored: bool) -> None:
+    a, b = (torch.randn(shape, dtype=torch.float64) for shape in EQUATIONS[equation])
+    model = Equation(equation, b if stored else None).eval()
+    inputs = (a,) if stored else (a, b)
+    gm = capture(model, inputs, Masks(), dynamic_batch=False)
+    run(gm, [canonicalize], Context())
+    assert list(canonicalize.plan(gm, Context())) == []
+    assert any(n.target is torch.ops.aten.einsum.default for n in gm.graph.nodes) == (equation in LEFT)
+    with torch.no_grad():
+        torch.testing.assert_close(gm(*inputs), model(*inputs), rtol=1e-12, atol=1e-12)
 
 
 class Standardized(nn.Conv2d):

@@ -2,6 +2,7 @@
 
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -292,3 +293,30 @@ def test_masks_that_do_not_fit_change_nothing(model: nn.Module) -> None:
     with pytest.raises(MaskError):
         Masks({"0.weight": torch.zeros(2, 3), "2.weight": torch.zeros(1)}).apply_(model)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile, lambda m: nn.ModuleDict({"model": m})])
+@pytest.mark.filterwarnings("ignore")
+def test_masks_fit_whichever_side_a_wrapper_named(model: nn.Module, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    masks = Masks({"0.weight": BITS})
+    wrapped = wrap(model)
+    (name,) = (name for name, p in wrapped.named_parameters() if p is model[0].weight)
+    assert name != "0.weight"
+    assert masks.check(wrapped) == Masks({name: BITS})
+    assert Masks({name: BITS}).check(model) == masks
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("0.weight", "module.2.weight"),  # one of them fits as it is
+        ("module.0.weight", "0.bias"),
+        ("net.0.weight",),
+        ("module.0.wieght",),
+    ],
+)
+def test_other_prefixes_are_not_guessed(model: nn.Module, names: tuple[str, ...]) -> None:
+    parameters = dict(model.named_parameters())
+    masks = {n: parameters.get(n.removeprefix("module."), model[0].weight) != 0 for n in names}
+    with pytest.raises(MaskError, match="a name the model does not have"):
+        Masks(masks).check(model)

@@ -19,8 +19,8 @@ from torch.nn.utils import prune
 
 import fxsparse
 from fxsparse import InputError, MaskError, Masks
+from fxsparse.cli.named import set_weights
 from fxsparse.formats.n_m import recognize
-from fxsparse.named import set_weights
 from tests.test_n_m import n_m_mask
 
 

@@ -89,7 +89,7 @@ def convolutions(draw: st.DrawFn) -> tuple[Tensor, Tensor, dict[str, tuple[int, 
     seed = draw(st.integers(0, 2**31))
     w = blocks((rows, channels, *kernel_size), draw(st.sampled_from([1, 3, 16, 32, 64, 200])),
                draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])), seed)  # fmt: skip
-    x = torch.randn(draw(st.integers(1, 3)), *size, channels, generator=torch.Generator().manual_seed(seed))
+    x = torch.randn(draw(st.integers(1, 6)), *size, channels, generator=torch.Generator().manual_seed(seed))
     return w, x, {"stride": stride, "padding": padding, "dilation": dilation}
 
 
@@ -118,6 +118,10 @@ REAL = [
     ((512, 512, 3, 3), (1, 7, 7, 512), 1, 1), ((2048, 512, 1, 1), (1, 7, 7, 512), 1, 0),
     ((256, 128, 3, 3), (1, 57, 55, 128), 2, 1), ((128, 96, 1, 1), (33, 5, 3, 96), 1, 0),
     ((64, 64, 1, 1), (2, 56, 56, 64), 2, 0), ((16, 64, 3, 3), (1, 113, 130, 64), 1, 1),
+    # several images at once: a pixel of each in a line, or line by line; copied, in place, with borders
+    ((512, 512, 3, 3), (17, 2, 2, 512), 1, 1), ((512, 256, 3, 3), (5, 4, 3, 256), 2, 1),
+    ((512, 512, 3, 3), (3, 7, 7, 512), 1, 1), ((256, 256, 3, 3), (4, 15, 14, 256), 1, 1),
+    ((512, 1024, 1, 1), (6, 7, 5, 1024), 2, 0), ((300, 512, 3, 3), (9, 1, 1, 512), 1, 1),
 ]  # fmt: skip
 
 
@@ -414,7 +418,8 @@ from fxsparse.kernels.cpu.shuffled_block import run
 from tests.test_shuffled_block import blocks
 from fxsparse.formats.shuffled_block import pack
 for shape, size, s, p in [((70, 5, 3, 3), (2, 9, 7, 5), 1, 1), ((33, 64, 3, 3), (1, 40, 57, 64), 2, 1),
-                          ((20, 8, 1, 1), (3, 11, 13, 8), 1, 0), ((20, 3, 7, 7), (1, 30, 31, 3), 2, 3)]:
+                          ((20, 8, 1, 1), (3, 11, 13, 8), 1, 0), ((20, 3, 7, 7), (1, 30, 31, 3), 2, 3),
+                          ((20, 16, 3, 3), (9, 3, 1, 16), 1, 1)]:
     for dtype in (torch.float32, torch.bfloat16):
         w, x = pack(blocks(shape, 32, 0.4, 0).to(dtype)), torch.randn(size).to(dtype)
         oh, ow = ((n + 2 * p - k) // s + 1 for n, k in zip(size[1:3], shape[2:]))

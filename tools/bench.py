@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.readme:
         return write_readme()
     if arguments.matrix:
-        print(matrix(load_rows("matrix")))
+        print("\n\n".join(map(matrix, by_machine(load_rows("matrix")))))
         return 0
     if arguments.suite:
         return run_suite(arguments)
@@ -346,25 +346,39 @@ def _rows_in(path: Path) -> list[dict[str, Any]]:
 
 
 def newest(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The last row of every case, where the first one of it stood."""
-    return list({tuple(row.get(key) for key in _CASE): row for row in rows}.values())
+    """The last row of every case on every machine, where the first one of it stood."""
+    return list({tuple(row.get(key) for key in ("machine", *_CASE)): row for row in rows}.values())
+
+
+def by_machine(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The newest row of every case, a list for each machine."""
+    machines = dict.fromkeys(r["machine"] for r in rows)
+    return [[r for r in newest(rows) if r["machine"] == machine] for machine in machines]
 
 
 def matrix(rows: Sequence[Mapping[str, Any]]) -> str:
     """How many cases are slower than 0.98 times the best dense build, which, and what the cost model got wrong."""
     slower = [r for r in rows if r["speedup"] < 0.98]
     parts = [_table(rows, _BLOCK_COLUMNS), f"{len(rows)} cases, {len(slower)} below 0.98 times the best dense build"]
-    parts += [f"  {r['model']} {r['recipe']} {r['sparsity']}: {r['speedup']}" for r in slower]
+    parts += [
+        f"  {r['model']} {r['recipe']} {r['sparsity']}: {r['speedup']} ({r['speedup_p20']} to {r['speedup_p80']}), "
+        f"{r['chosen']} build against {r['best_dense']}"
+        for r in slower
+    ]
     wrong = [f"  {r['model']} {r['recipe']} {r['sparsity']}: {w}" for r in rows for w in r["mispredicted"]]
     return "\n".join([*parts, f"{len(wrong)} layers whose stored elements alone would have chosen otherwise", *wrong])
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The README's tables: every case, winners and losers; channels that go, then blocks inside layers that stay."""
-    rows = newest(rows)
-    blocks = [r for r in rows if r["recipe"] in BLOCK_RECIPES]
-    channels = [r for r in rows if r["recipe"] not in BLOCK_RECIPES]
-    parts = [_table(channels, _CHANNEL_COLUMNS), _table(blocks, _BLOCK_COLUMNS)]
+    """The README's tables: every case, winners and losers; channels that go, then blocks inside layers that stay.
+
+    One pair of tables for each machine.
+    """
+    parts = []
+    for here in by_machine(rows):
+        blocks = [r for r in here if r["recipe"] in BLOCK_RECIPES]
+        channels = [r for r in here if r["recipe"] not in BLOCK_RECIPES]
+        parts += [_table(channels, _CHANNEL_COLUMNS), _table(blocks, _BLOCK_COLUMNS)]
     return "\n\n".join(part for part in parts if part)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from safetensors import SafetensorError
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fxsparse.errors import MaskError, near
 from fxsparse.ir.files import as_path, replacing, writing
 
+_WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DataParallel and DDP, torch.compile, Lightning
 _SUGGEST_FLOAT = "A mask is one bool per weight, True = kept; 0/1 in uint8 or float is also read."
 
 
@@ -99,7 +100,8 @@ class Masks(Mapping[str, Tensor]):
     def check(self, model: nn.Module) -> Masks:
         """These masks, keyed by the names `model.named_parameters()` uses; MaskError when one does not fit.
 
-        Other names of a tied parameter, and `conv.weight` for a pruned `conv.weight_orig`, are accepted.
+        Other names of a tied parameter, `conv.weight` for a pruned `conv.weight_orig`, and names that only a wrapper
+        tells apart (`fit_names`) are accepted.
         """
         return Masks(dict(_matched(self._masks, model)))
 
@@ -109,6 +111,27 @@ class Masks(Mapping[str, Tensor]):
         with torch.no_grad():
             for name, mask in self.check(model).items():
                 parameters[name].masked_fill_(~mask.to(parameters[name].device), 0)
+
+
+def fit_names(given: Mapping[str, Tensor], known: Collection[str]) -> dict[str, Tensor]:
+    """`given` under names of `known`, where only a wrapper's prefix on all of them keeps the two from having any alike.
+
+    DataParallel and DDP put `module.` before every name, torch.compile `_orig_mod.`, Lightning modules often `model.`;
+    either side may have them. Other names stay, for the caller to refuse.
+    """
+    off, on = _prefix(given, known), _prefix(known, given)
+    return {on + name.removeprefix(off): tensor for name, tensor in given.items()}
+
+
+def _prefix(names: Collection[str], known: Collection[str]) -> str:
+    """What wrappers put before all `names`, without which some are `known`; "" where some are, or none would be."""
+    prefix = ""
+    while names and not any(name.removeprefix(prefix) in known for name in names):
+        more = next((w for w in _WRAPPERS if all(name.startswith(prefix + w) for name in names)), None)
+        if more is None:
+            return ""
+        prefix += more
+    return prefix
 
 
 def weight_of_mask(name: str, mask: Tensor, weights: Mapping[str, Tensor], otherwise: str) -> Tensor:
@@ -163,7 +186,7 @@ def _matched(masks: Mapping[str, Tensor], model: nn.Module) -> Iterator[tuple[st
     own_name = {id(p): n for n, p in parameters.items()}
     every = dict(model.named_parameters(remove_duplicate=False))
     seen: dict[str, str] = {}
-    for given, mask in masks.items():
+    for given, mask in fit_names(masks, every.keys() | {name.removesuffix("_orig") for name in every}).items():
         parameter = every.get(given, every.get(f"{given}_orig"))
         if parameter is None:
             raise MaskError(

@@ -114,7 +114,10 @@ def _operator_name(target: Any) -> str:
     try:
         _operator(name)
     except PackageError:
-        raise cannot_save(f"the operator {name if isinstance(target, OpOverload) else target}") from None
+        raise cannot_save(
+            f"the operator {name if isinstance(target, OpOverload) else target}",
+            "Only ATen's functional operators are written. save_aoti takes any; or save the model and its masks.",
+        ) from None
     return name
 
 

@@ -23,6 +23,8 @@ from torch.utils import _pytree as pytree
 from fxsparse.errors import InputError, PackageError
 
 Json = Any
+_PLAIN = "Take and return tensors in tuples, lists and dicts with names or numbers as keys."
+_MODEL_AND_MASKS = "Save the model and its masks, and compile them where they are used."
 _TORCH = {
     str(v).removeprefix("torch."): v
     for v in vars(torch).values()
@@ -50,7 +52,7 @@ def encode(value: Any, number: Callable[[fx.Node], int]) -> Json:
         return {"device": str(value)}
     if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
         return {"torch": str(value).removeprefix("torch.")}
-    raise cannot_save(f"an argument of type {type(value).__name__}")
+    raise cannot_save(f"an argument of type {type(value).__name__}", _MODEL_AND_MASKS)
 
 
 def decode(value: Json, nodes: Sequence[fx.Node]) -> Any:
@@ -91,13 +93,13 @@ def encode_spec(spec: pytree.TreeSpec) -> Json:
         return {"dict" if spec.type is dict else "odict": [_keys(spec.context), children]}
     known = pytree.SUPPORTED_SERIALIZED_TYPES.get(spec.type)
     if known is None or known.to_dumpable_context is not None or spec.type.__module__ in ("builtins", "collections"):
-        raise cannot_save(f"inputs or outputs in a {getattr(spec.type, '__name__', spec.type)}")
+        raise cannot_save(f"inputs or outputs in a {getattr(spec.type, '__name__', spec.type)}", _PLAIN)
     return {"named": [known.serialized_type_name, _keys(spec.context), children]}
 
 
 def _keys(context: Any) -> list[str | int]:
     if not isinstance(context, list) or not all(isinstance(key, (str, int)) for key in context):
-        raise cannot_save(f"a container with the keys {context!r}")
+        raise cannot_save(f"a container with the keys {context!r}", _PLAIN)
     return context
 
 
@@ -124,7 +126,8 @@ def _registered(name: str) -> Any:
     return found
 
 
-def cannot_save(what: str) -> InputError:
+def cannot_save(what: str, do: str) -> InputError:
     """The error for a graph that cannot be written down."""
-    return InputError("save of a SparseModule", expected="operators and values that can be written as data", got=what,
-                      do="Return tuples, lists and dicts of tensors; or save the model and its masks.")  # fmt: skip
+    return InputError(
+        "save of a SparseModule", expected="operators and values that can be written as data", got=what, do=do
+    )

@@ -31,7 +31,7 @@ class Movement(Rule):
         aten.squeeze.dims, aten.unsqueeze.default, aten.expand.default, aten.slice.Tensor, aten.select.int,
         aten.cat.default, aten.stack.default, aten.flip.default, aten.roll.default, aten.pixel_shuffle.default,
         aten.pixel_unshuffle.default, aten.channel_shuffle.default, aten.repeat.default,
-        aten.constant_pad_nd.default, aten.pad.default,
+        aten.constant_pad_nd.default, aten.pad.default, aten.slice_scatter.default, aten.select_scatter.default,
     )  # fmt: skip
 
     def unknown(self, node: fx.Node, facts: Facts) -> Tensor:
@@ -130,6 +130,15 @@ class Movement(Rule):
         yield Sample(lambda x: x.roll(1, 1), ((2, 4, 3, 3),))
         yield Sample(lambda x: x.unsqueeze(1).expand(x.shape[0], 3, 4), ((2, 4),))
         yield Sample(lambda x: x.flip(1), ((2, 5, 2, 2),))
+        yield Sample(_overwritten, ((2, 5, 3, 3), (2, 2, 3, 3)))
+
+
+def _overwritten(x: Tensor, y: Tensor) -> Tensor:
+    """A slice, then a selection of x is written to."""
+    x = x.clone()
+    x[:, 1:3] = y
+    x[:, :, 0] = y[:, :1, 1]
+    return x
 
 
 def _sources(node: fx.Node, facts: Facts) -> list[fx.Node]:
@@ -195,7 +204,9 @@ _REWRITE: dict[Any, Any] = {
     aten.reshape.default: _new_sizes,
     aten.expand.default: _new_sizes,
     aten.slice.Tensor: _new_bounds,
+    aten.slice_scatter.default: _new_bounds,
     aten.select.int: _new_position,
+    aten.select_scatter.default: _new_position,
     aten.cat.default: _non_empty,
     aten.constant_pad_nd.default: _new_padding,
 }

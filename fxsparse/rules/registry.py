@@ -36,6 +36,8 @@ def _all_rules(kind: type[Rule] = Rule) -> Iterable[type[Rule]]:
 
 RULES = collect(_all_rules())
 _DEFAULT = Rule()
+# Movement along one dimension.
+_ALONG = (aten.slice.Tensor, aten.select.int, aten.slice_scatter.default, aten.select_scatter.default)
 
 
 def rule_of(node: fx.Node, rules: Mapping[Any, Rule] = RULES) -> Rule:
@@ -63,6 +65,6 @@ def _depends_on_size(node: fx.Node, rule: Rule) -> bool:
 
 def _takes_apart(node: fx.Node, source: fx.Node) -> bool:
     """Movement that does not treat all positions along a symbolic dimension alike: slices, and sizes as numbers."""
-    if node.target in (aten.slice.Tensor, aten.select.int):
+    if node.target in _ALONG:
         return reads_a_size(node) or arg(node, "dim") % rank_of(source) in symbolic_dims(source)
     return node.target not in SIZED and reads_a_size(node)

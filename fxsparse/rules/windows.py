@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,11 +32,15 @@ class AveragePool(Rule):
 
     def unknown(self, node: fx.Node, facts: Facts) -> Tensor:
         (x,) = [n for n in node.all_input_nodes if n in facts.unknown]
-        found: Tensor = run(node, facts, {x: facts.unknown[x].float()}) > 0
+        found = self._reached(node, facts, x)
         if {*symbolic_dims(x)}.isdisjoint(self.mixed(node, found.dim())):
             return found
         varies: Tensor = facts.value[node] != 0  # how much padding a constant meets depends on the size
         return found | varies
+
+    def _reached(self, node: fx.Node, facts: Facts, x: fx.Node) -> Tensor:
+        """Outputs that an unknown element of x goes into."""
+        return cast(Tensor, run(node, facts, {x: facts.unknown[x].float()}) > 0)
 
     def demand(self, node: fx.Node, facts: Facts, demanded: Tensor) -> Mapping[fx.Node, Tensor]:
         (x,) = [n for n in node.all_input_nodes if n in facts.unknown]
@@ -85,15 +89,35 @@ class AveragePool3d(AveragePool):
         yield Sample(lambda x: F.interpolate(x.movedim(-1, 1), scale_factor=2.0).movedim(1, -1), ((2, 2, 1, 2, 3),))
 
 
-class MaxPool(AveragePool):
-    """The maximum of a window; padding is -inf, so a constant stays constant."""
+class WholeImage(AveragePool):
+    """Windows that the bits cannot tell: every position of a channel of which one is demanded. Channels are whole."""
 
-    ops = (aten.max_pool2d.default,)
+    ops: tuple[Any, ...] = ()
 
     def demand(self, node: fx.Node, facts: Facts, demanded: Tensor) -> Mapping[fx.Node, Tensor]:
         (x,) = [n for n in node.all_input_nodes if n in facts.unknown]
-        # every position of a channel of which one is demanded: more than the windows ask for, and channels are whole
-        return {x: any_along(demanded, list(range(-self.spatial, 0)), keepdim=True).expand_as(facts.unknown[x])}
+        return {x: self._anywhere(demanded).expand_as(facts.unknown[x])}
+
+    def _anywhere(self, bits: Tensor) -> Tensor:
+        return any_along(bits, list(range(-self.spatial, 0)), keepdim=True)
+
+
+class Bicubic(WholeImage):
+    """Weights of both signs, in which bits could cancel."""
+
+    ops = (aten.upsample_bicubic2d.vec,)
+
+    def _reached(self, node: fx.Node, facts: Facts, x: fx.Node) -> Tensor:
+        return self._anywhere(facts.unknown[x]).expand_as(facts.value[node])
+
+    def samples(self) -> Iterable[Sample]:
+        yield Sample(lambda x: F.interpolate(x, size=(7, 4), mode="bicubic"), ((2, 4, 5, 6),))
+
+
+class MaxPool(WholeImage):
+    """The maximum of a window; padding is -inf, so a constant stays constant."""
+
+    ops = (aten.max_pool2d.default,)
 
     def samples(self) -> Iterable[Sample]:
         yield Sample(lambda x: F.max_pool2d(x, 3, 2, 1), ((2, 4, 5, 7),))
@@ -124,7 +148,9 @@ class Reduction(Rule):
     """One number from all elements along some dimensions: known when all of them are; needs all of them."""
 
     ops = (
-        aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default, aten.linalg_vector_norm.default,
+        aten.mean.dim, aten.sum.dim_IntList, aten.prod.dim_int, aten.amax.default, aten.amin.default, aten.var.dim,
+        aten.var.correction, aten.std.dim, aten.std.correction, aten.linalg_vector_norm.default,
+        aten.logsumexp.default, aten.argmax.default, aten.argmin.default, aten.any.dim, aten.all.dim,
     )  # fmt: skip
 
     def mixed(self, node: fx.Node, rank: int) -> list[int]:
@@ -162,3 +188,7 @@ class Reduction(Rule):
         yield Sample(lambda x: x.sum(1), ((2, 4, 5),))
         yield Sample(lambda x: x.amax(-1, keepdim=True), ((2, 4, 5),))
         yield Sample(lambda x: torch.linalg.vector_norm(x, dim=1), ((2, 3, 5),))
+        yield Sample(
+            lambda x: torch.std(x, (2, 3), keepdim=True) + torch.var(x, 1, correction=0, keepdim=True), ((2, 4, 3, 3),)
+        )
+        yield Sample(lambda x: x.argmax(1) + torch.logsumexp(x, 1) * (x > 0.3).any(1), ((2, 4, 5),))

@@ -9,374 +9,36 @@
 // Compiled once for the machine's widest vectors (16, 8 or 4 floats) by fxsparse/kernels/build.py.
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <numeric>
 #include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
 #include "bfloat16.h"
 #include "shuffled_block.h"
+#include "shuffled_block_tile.h"
 
 using shuffled_block::Problem;
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int LANES = 16, REGISTERS = 28, WIDEST = 4;
-#elif defined(__AVX__)
-constexpr int LANES = 8, REGISTERS = 12, WIDEST = 2;
+constexpr int64_t BAND_BYTES = 384 * 1024;       // of input and output: all groups find them in the second-level cache
+constexpr int64_t COPIED_BYTES = 192 * 1024;     // an image that small is copied with its padding
+constexpr int64_t TOGETHER_BYTES = 2048 * 1024;  // of input and output of images that are handled at once
+#ifdef FXSPARSE_FEW_TILES  // sanitizers look at small layers
+constexpr int64_t WEIGHT_BYTES = 1024;
 #else
-constexpr int LANES = 4, REGISTERS = 12, WIDEST = 2;
-#endif
-#ifdef FXSPARSE_FEW_TILES  // under sanitizers every tile takes seconds to compile
-constexpr int ACCUMULATORS = 4;
-#else
-constexpr int ACCUMULATORS = REGISTERS;  // of a tile: pixels x vectors of rows; the rest holds weights
-#endif
-constexpr int PADDED_TO = 16;               // lanes of a group are padded to this many, whatever the machine
-constexpr int64_t BAND_BYTES = 384 * 1024;    // of input and output: all groups find them in the second-level cache
-constexpr int64_t COPIED_BYTES = 192 * 1024;  // an image that small is copied with its padding
-constexpr int64_t CHAIN = 160;               // columns summed up in one go: rounding errors grow with the length
-constexpr int64_t CACHE_BYTES = 4096;         // of one way of the first-level cache
-constexpr int64_t CACHE_WAYS = 8;
 constexpr int64_t WEIGHT_BYTES = 256 * 1024;  // weights that few are read again for every line of pixels
-constexpr int64_t LONG_LINE = 56;             // pixels after which reading all weights again costs nothing
-constexpr int64_t LINE = 112;               // pixels of a line where there are no lines: 4 x 28, 8 x 14, 16 x 7
-
-typedef float Vec __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
-typedef int32_t IntVec __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
-
-enum Activation { NONE, RELU, RELU6, SILU, GELU, HARDSWISH };
-
-// What the tiles read: bfloat16 as it is where the processor multiplies pairs of them, else widened to float.
-#if defined(__AVX512BF16__)
-template <typename T>
-using Read = T;
-#else
-template <typename T>
-using Read = float;
 #endif
-
-inline Vec splat(float v) { return Vec{} + v; }
-inline Vec at_least(Vec v, float low) { return v < splat(low) ? splat(low) : v; }  // NaN stays NaN
-inline Vec at_most(Vec v, float high) { return v > splat(high) ? splat(high) : v; }
-
-// e^v by 2^n * p(r), |r| <= ln(2) / 2: Cephes' expf, 2 units in the last place.
-inline Vec exponential(Vec at) {
-    const Vec v = at_most(at_least(at, -87.3f), 88.3f);
-    IntVec n = __builtin_convertvector(v * 1.44269504f + (v < splat(0.0f) ? splat(-0.5f) : splat(0.5f)), IntVec);
-    Vec whole = __builtin_convertvector(n, Vec);
-    Vec r = v - whole * 0.693359375f + whole * 2.12194440e-4f;
-    Vec p = splat(1.9875691500e-4f);
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    return at > splat(88.3f) ? splat(INFINITY) : p * reinterpret_cast<Vec>((n + 127) << 23);
-}
-
-// Abramowitz and Stegun 7.1.26, |error| <= 1.5e-7.
-inline Vec error_function(Vec v) {
-    Vec a = v < splat(0.0f) ? -v : v;
-    Vec t = 1.0f / (1.0f + 0.3275911f * a);
-    Vec p = splat(1.061405429f);
-    p = p * t - 1.453152027f;
-    p = p * t + 1.421413741f;
-    p = p * t - 0.284496736f;
-    p = p * t + 0.254829592f;
-    Vec e = 1.0f - p * t * exponential(-a * a);
-    return v < splat(0.0f) ? -e : e;
-}
-
-inline Vec activate(Vec v, int activation) {
-    switch (activation) {
-        case RELU: return at_least(v, 0.0f);
-        case RELU6: return at_most(at_least(v, 0.0f), 6.0f);
-        case SILU: return v / (1.0f + exponential(-v));
-        case GELU: return 0.5f * v * (1.0f + error_function(v * 0.70710678f));
-        case HARDSWISH: return v * (at_most(at_least(v + 3.0f, 0.0f), 6.0f) * (1.0f / 6.0f));
-        default: return v;
-    }
-}
-
-// Where the lanes of one register tile go, and what is added to them.
-template <typename T>
-struct Sink {
-    T* y;                // [pixels, channels]
-    const T* residual;   // the same shape, or null
-    const float* bias;   // per lane, zeros where there is none
-    const int32_t* rows; // channel of every lane
-    int64_t lanes;       // rows of the group from the first lane of the tile on
-    bool in_order;       // rows[0], rows[0] + 1, ...
-    int64_t step;        // elements between two pixels
-    int activation;
-    bool fetch;          // what is written, and the residual, come from memory: fetch them while there is time
-};
-
-// Lanes that go to scattered channels, or are stored in another type than float.
-template <typename T, int V, int P>
-inline void put_lanes(const Vec (&sum)[P][V], const Sink<T>& sink) {
-    float lane[P][V * LANES];
-    std::memcpy(lane, sum, sizeof sum);
-    const int64_t n = std::min<int64_t>(V * LANES, sink.lanes);
-    if (sink.residual)
-        for (int p = 0; p < P; p++)
-            for (int64_t i = 0; i < n; i++) lane[p][i] += widen(sink.residual[p * sink.step + sink.rows[i]]);
-    if (sink.activation != NONE)
-        for (int p = 0; p < P; p++)
-            for (int v = 0; v < V; v++) {
-                Vec* at = reinterpret_cast<Vec*>(&lane[p][v * LANES]);
-                *at = activate(*at, sink.activation);
-            }
-    for (int p = 0; p < P; p++)
-        for (int64_t i = 0; i < n; i++) narrow(lane[p][i], &sink.y[p * sink.step + sink.rows[i]]);
-}
-
-// The first `n` lanes only: a group's last register may be half full, and what lies behind it belongs to another group.
-inline Vec load_some(const float* from, int64_t n) {
-#if defined(__AVX512F__)
-    return reinterpret_cast<Vec>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), from));
-#else
-    Vec v{};
-    std::memcpy(&v, from, n * sizeof(float));
-    return v;
-#endif
-}
-inline void store_some(float* to, Vec v, int64_t n) {
-#if defined(__AVX512F__)
-    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << n) - 1), reinterpret_cast<__m512>(v));
-#else
-    std::memcpy(to, &v, n * sizeof(float));
-#endif
-}
-
-#if defined(__AVX512BF16__)
-template <int V, int P>
-inline void put_in_order(Vec (&sum)[P][V], const Sink<BFloat16>& sink) {
-    const BFloat16* from = sink.residual ? sink.residual + sink.rows[0] : nullptr;
-    BFloat16* to = sink.y + sink.rows[0];
-    for (int v = 0; v < V; v++) {
-        const int64_t n = std::min<int64_t>(LANES, sink.lanes - v * LANES), at = v * LANES;
-        if (n <= 0) break;
-        const __mmask16 some = static_cast<__mmask16>((1u << n) - 1);
-        for (int p = 0; p < P; p++) {
-            Vec value = sum[p][v];
-            if (from) {
-                const __m256i bits = _mm256_maskz_loadu_epi16(some, from + p * sink.step + at);
-                value += reinterpret_cast<Vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-            }
-            if (sink.activation != NONE) value = activate(value, sink.activation);
-            const __m256bh narrow = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(value));
-            _mm256_mask_storeu_epi16(to + p * sink.step + at, some, reinterpret_cast<__m256i>(narrow));
-        }
-    }
-}
-#endif
-
-// Lanes that go to channels that follow each other.
-template <int V, int P>
-inline void put_in_order(Vec (&sum)[P][V], const Sink<float>& sink) {
-    const float* from = sink.residual ? sink.residual + sink.rows[0] : nullptr;
-    float* to = sink.y + sink.rows[0];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; v++) {
-        const int64_t n = sink.lanes - v * LANES, at = v * LANES;
-        if (n <= 0) break;
-        if (from) {
-#pragma GCC unroll 32
-            for (int p = 0; p < P; p++)
-                sum[p][v] += n >= LANES ? *reinterpret_cast<const Vec*>(from + p * sink.step + at)
-                                        : load_some(from + p * sink.step + at, n);
-        }
-        if (sink.activation == RELU) {
-#pragma GCC unroll 32
-            for (int p = 0; p < P; p++) sum[p][v] = at_least(sum[p][v], 0.0f);
-        } else if (sink.activation != NONE) {
-            for (int p = 0; p < P; p++) sum[p][v] = activate(sum[p][v], sink.activation);
-        }
-        if (n >= LANES) {
-#pragma GCC unroll 32
-            for (int p = 0; p < P; p++)
-                *reinterpret_cast<Vec*>(to + p * sink.step + at) = sum[p][v];
-        } else {
-            for (int p = 0; p < P; p++) store_some(to + p * sink.step + at, sum[p][v], n);
-        }
-    }
-}
-
-// What the next group will read, fetched a little with every column: `step` bytes of it, 0 for nothing.
-struct Ahead {
-    const char* from;
-    int64_t step;
-};
-
-// What sums are kept in: whole registers, or half ones for groups of few rows, of which twice as many are added at once.
-template <bool HALF>
-struct Part {
-    typedef Vec Type;
-};
-template <>
-struct Part<true> {
-    typedef float Type __attribute__((vector_size(LANES / 2 * sizeof(float)), aligned(sizeof(float))));
-};
-
-// sum += the columns from `first` to `last`, P pixels x V vectors of rows.
-template <bool HALF, int V, int P>
-inline __attribute__((always_inline)) void add_columns(typename Part<HALF>::Type (&sum)[P][V], const float* x,
-                                                       int64_t step, const int32_t* offset, int64_t first, int64_t last,
-                                                       const float* w, int64_t lanes, const Ahead& ahead) {
-    typedef typename Part<HALF>::Type Sum;
-    for (int64_t k = first; k < last; k++) {
-        const float* at = x + offset[k];
-        __builtin_prefetch(ahead.from + k * ahead.step, 0, 2);
-        Sum weight[V];
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) weight[v] = reinterpret_cast<const Sum*>(w + k * lanes)[v];
-#pragma GCC unroll 32
-        for (int p = 0; p < P; p++)
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) sum[p][v] += weight[v] * at[p * step];
-    }
-}
-
-#if defined(__AVX512BF16__)
-// The same in pairs of columns: w[k] and w[k + 1], k even, lie lane by lane beside each other, and so do, in one register,
-// the two elements of x that they are multiplied by, wherever those come from. Half a pair has a zero beside it.
-template <int V, int P, typename Two>
-inline __attribute__((always_inline)) void add_pair(Vec (&sum)[P][V], const BFloat16* w, const Two& two) {
-    __m512bh weight[V];
-#pragma GCC unroll 4
-    for (int v = 0; v < V; v++) weight[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w + v * 2 * LANES));
-#pragma GCC unroll 32
-    for (int p = 0; p < P; p++) {
-        const __m512bh at = reinterpret_cast<__m512bh>(two(p));
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++)
-            sum[p][v] = reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum[p][v]), at, weight[v]));
-    }
-}
-
-template <bool HALF, int V, int P>
-inline __attribute__((always_inline)) void add_columns(Vec (&sum)[P][V], const BFloat16* x, int64_t step,
-                                                       const int32_t* offset, int64_t first, int64_t last,
-                                                       const BFloat16* w, int64_t lanes, const Ahead& ahead) {
-    constexpr __mmask32 ODD = 0xAAAAAAAAu;
-    int64_t k = first;
-    if (k % 2 && k < last) {
-        const BFloat16* at = x + offset[k];
-        add_pair<V, P>(sum, w + (k - 1) * lanes, [=](int p) { return _mm512_maskz_set1_epi16(ODD, at[p * step].bits); });
-        k++;
-    }
-    for (; k + 1 < last; k += 2) {
-        const BFloat16 *at = x + offset[k], *other = x + offset[k + 1];
-        __builtin_prefetch(ahead.from + k * ahead.step, 0, 2);
-        add_pair<V, P>(sum, w + k * lanes, [=](int p) {
-            return _mm512_mask_set1_epi16(_mm512_set1_epi16(at[p * step].bits), ODD, other[p * step].bits);
-        });
-    }
-    if (k < last) {
-        const BFloat16* at = x + offset[k];
-        add_pair<V, P>(sum, w + k * lanes, [=](int p) { return _mm512_maskz_set1_epi16(~ODD, at[p * step].bits); });
-    }
-}
-#endif
-
-template <typename T, int V, int P>
-inline __attribute__((always_inline)) void put(Vec (&sum)[P][V], const Sink<T>& sink) {
-    if constexpr (std::is_same_v<T, Read<T>>) {
-        if (sink.in_order) return put_in_order<V, P>(sum, sink);
-    }
-    put_lanes<T, V, P>(sum, sink);
-}
-
-// All columns, in chains of equal length that are summed up apart: registers first, then their sums.
-template <typename T, int V, int P, bool HALF = false>
-void tile(const Read<T>* x, int64_t step, const int32_t* offset, int64_t from, int64_t to, const Read<T>* w,
-          int64_t lanes, const Ahead& ahead, const Sink<T>& sink) {
-    typedef typename Part<HALF>::Type Sum;
-    Sum sum[P][V];
-#pragma GCC unroll 32
-    for (int p = 0; p < P; p++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sum[p][v] = reinterpret_cast<const Sum*>(sink.bias)[v];
-    if (sink.in_order && sink.fetch) {
-        const int64_t n = std::min<int64_t>(sink.lanes, V * LANES);
-        for (int p = 0; p < P; p++)
-            for (int64_t lane = 0; lane < n; lane += 16) {
-                const int64_t at = p * sink.step + sink.rows[0] + lane;
-                __builtin_prefetch(sink.y + at, 1, 2);
-                if (sink.residual) __builtin_prefetch(sink.residual + at, 0, 2);
-            }
-    }
-    const int64_t columns = to - from, chains = (columns + CHAIN - 1) / CHAIN;
-    if (chains <= 1) {
-        add_columns<HALF, V, P>(sum, x, step, offset, from, to, w, lanes, ahead);
-    } else {
-        Sum total[P][V];
-        std::memcpy(total, sum, sizeof sum);
-        for (int64_t c = 0; c < chains; c++) {
-#pragma GCC unroll 32
-            for (int p = 0; p < P; p++)
-#pragma GCC unroll 4
-                for (int v = 0; v < V; v++) sum[p][v] = Sum{};
-            add_columns<HALF, V, P>(sum, x, step, offset, from + c * columns / chains, from + (c + 1) * columns / chains, w,
-                              lanes, ahead);
-#pragma GCC unroll 32
-            for (int p = 0; p < P; p++)
-#pragma GCC unroll 4
-                for (int v = 0; v < V; v++) sum[p][v] = total[p][v] = total[p][v] + sum[p][v];
-        }
-    }
-    if constexpr (HALF) {
-        Vec whole[P][V]{};
-        for (int p = 0; p < P; p++) std::memcpy(&whole[p][0], &sum[p][0], sizeof(Sum));
-        put<T, V, P>(whole, sink);
-    } else {
-        put<T, V, P>(sum, sink);
-    }
-}
-
-template <typename T>
-using Tile = void (*)(const Read<T>*, int64_t, const int32_t*, int64_t, int64_t, const Read<T>*, int64_t, const Ahead&,
-                      const Sink<T>&);
-
-template <typename T, int V, int... P>
-constexpr Tile<T> pick(int pixels, std::integer_sequence<int, P...>) {
-    constexpr Tile<T> tiles[] = {tile<T, V, P + 1>...};
-    return tiles[pixels - 1];
-}
-
-template <typename T, int... P>
-constexpr Tile<T> pick_half(int pixels, std::integer_sequence<int, P...>) {
-    constexpr Tile<T> tiles[] = {tile<T, 1, P + 1, true>...};
-    return tiles[pixels - 1];
-}
-
-// Of this many vectors of rows, the last of which holds `lanes` rows.
-template <typename T>
-Tile<T> tile_for(int vectors, int pixels, int64_t lanes) {
-    if constexpr (LANES == PADDED_TO && std::is_same_v<Read<T>, float>)
-        if (lanes <= LANES / 2) return pick_half<T>(pixels, std::make_integer_sequence<int, ACCUMULATORS>());
-    switch (vectors) {
-        case 1: return pick<T, 1>(pixels, std::make_integer_sequence<int, ACCUMULATORS / 1>());
-        case 2: return pick<T, 2>(pixels, std::make_integer_sequence<int, ACCUMULATORS / 2>());
-#if defined(__AVX512F__)
-        case 3: return pick<T, 3>(pixels, std::make_integer_sequence<int, ACCUMULATORS / 3>());
-        case 4: return pick<T, 4>(pixels, std::make_integer_sequence<int, ACCUMULATORS / 4>());
-#endif
-        default: return nullptr;
-    }
-}
+constexpr int64_t CACHE_LINE = 64;
+constexpr int64_t CACHE_BYTES = 4096;  // of one way of the first-level cache
+constexpr int64_t CACHE_WAYS = 8;
+constexpr int64_t LONG_LINE = 56;  // pixels after which reading all weights again costs nothing
+constexpr int64_t LINE = 112;      // pixels of a line where there are no lines: 4 x 28, 8 x 14, 16 x 7
 
 // A rectangle of output pixels whose input is read with constant steps.
 template <typename T>
@@ -387,13 +49,34 @@ struct Field {
     const T* residual;
     int64_t y_line, y_pixel;
     int64_t lines, pixels;
-    int64_t row_step;  // elements from one input row to the next, for the taps
+    int64_t row_step, tap_step;  // elements from one input row, or pixel, to the next, for the taps
     int64_t first_row;  // output row of the first line when taps above and below the image are to be skipped, or -1
+    bool is_border;     // fields of one kind have the same steps
+};
+
+// What a thread works with; kept from call to call, since fresh memory costs a page fault every 4096 bytes.
+template <typename T>
+struct Scratch {
+    std::vector<int32_t> offset[2];  // inside, at the border
+    std::vector<Field<T>> fields;
+
+    Read<T>* room_for(int64_t n) {
+        if (n > size) {
+            held.reset(new Read<T>[n]);
+            size = n;
+        }
+        return held.get();
+    }
+
+  private:
+    std::unique_ptr<Read<T>[]> held;
+    int64_t size = 0;
 };
 
 template <typename T>
 struct Convolution {
     static constexpr int64_t SIZE = sizeof(Read<T>);
+    static constexpr int64_t FETCHED = LANES < 16 || SIZE < 4 ? CACHE_LINE / 2 : CACHE_LINE;  // bytes with every column
     static constexpr int64_t BESIDE = std::is_same_v<Read<T>, float> ? 1 : 2;  // values of a lane that lie together
     Problem q;
     const T* x;
@@ -407,6 +90,7 @@ struct Convolution {
     bool copies = false;                    // the input is read from a padded (or widened) copy of a band
     int64_t left = 0, right = 0;            // output columns between which no tap leaves the image sideways
     int64_t band = 0, bands = 0, parts = 0; // output rows of a band; bands of an image; parts of the groups
+    int64_t together = 1;                   // images handled at once: a line of pixels is one of each
     std::vector<int64_t> part_ptr{};        // groups of every part
     std::vector<float> lane_bias{};         // of every lane of every group, one after the other
     std::vector<int64_t> lane_ptr{};
@@ -444,11 +128,25 @@ struct Convolution {
         band = (q.out_height + bands - 1) / bands;
         bands = (q.out_height + band - 1) / band;
         far_out = pixels_out * q.out_channels * SIZE > 4 * COPIED_BYTES;
-        const int64_t units = q.images * bands;
+        if (bands == 1 && q.images > 1 && value_ptr[q.groups] * SIZE > WEIGHT_BYTES) take_together();
+        const int64_t units = (q.images + together - 1) / together * bands;
         const int64_t wanted = q.threads > 1 ? (4 * q.threads + units - 1) / units : 1;
         parts = std::max<int64_t>(1, std::min(q.groups, wanted));
         split_groups();
         prepare_lanes();
+    }
+
+    // Lines too short to fill a tile: a line is one pixel of each of many images instead.
+    void take_together() {
+        const int64_t in = input_rows(q.out_height) * copy_width(), out = q.out_height * q.out_width;
+        const int64_t fit = std::max<int64_t>(1, TOGETHER_BYTES / SIZE / (in * q.channels + out * q.out_channels));
+        const int64_t units = (q.images + fit - 1) / fit;
+        together = (q.images + units - 1) / units;
+        const int64_t vectors = (row_ptr[q.groups] / std::max<int64_t>(1, q.groups) + LANES - 1) / LANES;
+        const int64_t most = ACCUMULATORS / std::clamp<int64_t>(vectors, 1, WIDEST);
+        const auto of_a_tile = [=](int64_t pixels) { return pixels * 4 / ((pixels + most - 1) / most); };
+        if (of_a_tile(together) > of_a_tile(q.out_width) * 5 / 4) copies = true;
+        else together = 1;
     }
 
     void prepare_lanes() {
@@ -476,6 +174,18 @@ struct Convolution {
             while (part < parts && value_ptr[g + 1] * parts >= all * part) part_ptr[part++] = g + 1;
     }
 
+    // All of an image with its padding, `step` elements from one pixel to the next.
+    void scatter_image(int64_t image, int64_t step, Read<T>* to) const {
+        for (int64_t i = 0; i < input_rows(q.out_height); i++)
+            for (int64_t j = 0; j < copy_width(); j++, to += step) {
+                const int64_t row = i - q.padding_y, column = j - q.padding_x;
+                if (row < 0 || row >= q.height || column < 0 || column >= q.width)
+                    std::memset(to, 0, q.channels * SIZE);
+                else
+                    copy(x + ((image * q.height + row) * q.width + column) * q.channels, q.channels, to);
+            }
+    }
+
     // Input rows of a band, `wide` pixels of each from column `from_x` on, zeros outside of the image.
     void copy_band(int64_t image, int64_t first, int64_t rows_out, int64_t from_x, int64_t wide, Read<T>* to) const {
         const int64_t before = std::clamp<int64_t>(-from_x, 0, wide);
@@ -499,17 +209,35 @@ struct Convolution {
         for (int64_t i = 0; i < n; i++) to[i] = widen(from[i]);
     }
 
-    // The band as fields: one where the input is copied or not padded; else what lies inside, read in place, and one
-    // for the border columns on either side, whose pixels are taken downwards.
-    void lay_out(int64_t image, int64_t first, int64_t rows_out, std::vector<Read<T>>& copied,
-                 std::vector<Field<T>>& fields) const {
-        fields.clear();
+    // `count` images from `image` on, or a band of one, as fields.
+    void lay_out(int64_t image, int64_t count, int64_t first, int64_t rows_out, Scratch<T>& scratch) const {
+        const int64_t strips = copies ? copy_width() : (left + q.out_width - right) * taps_wide();
+        Read<T>* copied = scratch.room_for(count * input_rows(rows_out) * strips * q.channels);
+        scratch.fields.clear();
+        if (together > 1) lay_across(image, count, copied, scratch.fields);
+        else lay_image(image, first, rows_out, copied, scratch.fields);
+    }
+
+    // A line for every output pixel: of each image the one there.
+    void lay_across(int64_t image, int64_t count, Read<T>* copied, std::vector<Field<T>>& fields) const {
+        const int64_t step = count * q.channels, row_step = copy_width() * step;
+        for (int64_t i = 0; i < count; i++) scatter_image(image + i, step, copied + i * q.channels);
+        for (int64_t ox = 0; ox < q.out_width; ox++) {
+            const int64_t to = (image * q.out_height * q.out_width + ox) * q.out_channels;
+            fields.push_back({copied + ox * q.stride_x * step, row_step * q.stride_y, q.channels, y + to,
+                              residual ? residual + to : nullptr, q.out_width * q.out_channels,
+                              q.out_height * q.out_width * q.out_channels, q.out_height, count, row_step, step, 0, false});
+        }
+    }
+
+    // One field where the input is copied or not padded; else what lies inside, read in place, and one for the border
+    // columns on either side, whose pixels are taken downwards.
+    void lay_image(int64_t image, int64_t first, int64_t rows_out, Read<T>* copied, std::vector<Field<T>>& fields) const {
         const int64_t at = (image * q.out_height + first) * q.out_width;
         if (copies) {
-            copied.resize(input_rows(rows_out) * copy_width() * q.channels);
-            copy_band(image, first, rows_out, -q.padding_x, copy_width(), copied.data());
+            copy_band(image, first, rows_out, -q.padding_x, copy_width(), copied);
             const int64_t row_step = copy_width() * q.channels;
-            fields.push_back(field(copied.data(), row_step, at, rows_out, 0, q.out_width, first));
+            fields.push_back(field(copied, row_step, at, rows_out, 0, q.out_width, first));
             return;
         }
         const int64_t row_step = q.width * q.channels, top = first * q.stride_y - q.padding_y;
@@ -518,11 +246,10 @@ struct Convolution {
             fields.push_back(field(from, row_step, at, rows_out, left, right, first));
         }
         const int64_t strip = input_rows(rows_out) * taps_wide() * q.channels;
-        copied.resize((left + q.out_width - right) * strip);
-        Read<T>* to = copied.data();
-        for (int64_t ox = 0; ox < left; ox++, to += strip) fields.push_back(border(image, first, rows_out, ox, to));
-        for (int64_t ox = right; ox < q.out_width; ox++, to += strip)
-            fields.push_back(border(image, first, rows_out, ox, to));
+        for (int64_t ox = 0; ox < left; ox++, copied += strip)
+            fields.push_back(border(image, first, rows_out, ox, copied));
+        for (int64_t ox = right; ox < q.out_width; ox++, copied += strip)
+            fields.push_back(border(image, first, rows_out, ox, copied));
     }
 
     // Output column `ox` of a band, read from a padded copy of the pixels under its taps.
@@ -533,6 +260,7 @@ struct Convolution {
         f.pixels = rows_out;
         f.x_pixel = f.x_line;
         f.y_pixel = f.y_line;
+        f.is_border = true;
         return f;
     }
 
@@ -540,11 +268,11 @@ struct Convolution {
                    int64_t first_row) const {
         const int64_t to = (at + x0) * q.out_channels;
         return {from, row_step * q.stride_y, q.channels * q.stride_x, y + to, residual ? residual + to : nullptr,
-                q.out_width * q.out_channels, q.out_channels, lines, x1 - x0, row_step, first_row};
+                q.out_width * q.out_channels, q.out_channels, lines, x1 - x0, row_step, q.channels, first_row, false};
     }
 
     // Position of every column of the groups relative to a pixel. Columns ascend, so taps change seldom.
-    void locate(int64_t part, int64_t row_step, std::vector<int32_t>& offset) const {
+    void locate(int64_t part, const Field<T>& f, std::vector<int32_t>& offset) const {
         const int32_t first = column_ptr[part_ptr[part]];
         offset.resize(column_ptr[part_ptr[part + 1]] - first);
         int64_t begin = 0, end = 0, shift = 0;
@@ -554,7 +282,7 @@ struct Convolution {
                 const int64_t tap = column / q.channels, ky = tap / q.kernel_width, kx = tap % q.kernel_width;
                 begin = tap * q.channels;
                 end = begin + q.channels;
-                shift = ky * q.dilation_y * row_step + kx * q.dilation_x * q.channels - begin;
+                shift = ky * q.dilation_y * f.row_step + kx * q.dilation_x * f.tap_step - begin;
             }
             offset[k] = static_cast<int32_t>(column + shift);
         }
@@ -571,30 +299,31 @@ struct Convolution {
         return {from, std::max(from, to)};
     }
 
-    struct Scratch {
-        std::vector<Read<T>> copied;
-        std::vector<int32_t> offset;
-        std::vector<Field<T>> fields;
-    };
-
-    // Either every group goes over all lines, and its weights stay in the caches; or all groups over every line, and
-    // what they read and write stays there: better while the weights are few, or used for many pixels each time.
-    void run_field(int64_t part, const Field<T>& f, Scratch& scratch) const {
-        locate(part, f.row_step, scratch.offset);
+    // Either every group goes over all lines of all fields, and its weights stay in the caches; or all groups over every
+    // line, and what they read and write stays there: better while the weights are few, or used for many pixels each time.
+    void run_part(int64_t part, Scratch<T>& scratch) const {
         const int64_t from = part_ptr[part], to = part_ptr[part + 1];
-        if (f.pixels >= LONG_LINE || (value_ptr[to] - value_ptr[from]) * SIZE <= WEIGHT_BYTES) {
-            for (int64_t line = 0; line < f.lines; line++)
-                for (int64_t g = from; g < to; g++) run_group(g, f, line, line + 1, scratch, part);
-        } else {
-            for (int64_t g = from; g < to; g++) run_group(g, f, 0, f.lines, scratch, part);
+        const bool few = (value_ptr[to] - value_ptr[from]) * SIZE <= WEIGHT_BYTES;
+        const auto by_line = [=](const Field<T>& f) { return few || f.pixels >= LONG_LINE; };
+        const Field<T>* last = nullptr;
+        bool located[2] = {false, false};
+        for (const Field<T>& f : scratch.fields) {
+            if (!std::exchange(located[f.is_border], true)) locate(part, f, scratch.offset[f.is_border]);
+            if (!by_line(f)) last = &f;
         }
+        for (const Field<T>& f : scratch.fields)
+            for (int64_t line = 0; line < f.lines && by_line(f); line++)
+                for (int64_t g = from; g < to; g++) run_group(g, f, line, line + 1, scratch, part, true);
+        for (int64_t g = from; g < to && last; g++)
+            for (const Field<T>& f : scratch.fields)
+                if (!by_line(f)) run_group(g, f, 0, f.lines, scratch, part, &f == last);
     }
 
-    void run_group(int64_t g, const Field<T>& f, int64_t first_line, int64_t last_line, Scratch& scratch,
-                   int64_t part) const {
+    void run_group(int64_t g, const Field<T>& f, int64_t first_line, int64_t last_line, Scratch<T>& scratch, int64_t part,
+                   bool fetches) const {
         const int64_t count = row_ptr[g + 1] - row_ptr[g], lanes = lane_ptr[g + 1] - lane_ptr[g];
         const int32_t* row = rows + row_ptr[g];
-        const int32_t* offset = scratch.offset.data() + column_ptr[g] - column_ptr[part_ptr[part]];
+        const int32_t* offset = scratch.offset[f.is_border].data() + column_ptr[g] - column_ptr[part_ptr[part]];
         const int64_t vectors = (count + LANES - 1) / LANES, tiles = (vectors + WIDEST - 1) / WIDEST;
         for (int64_t t = 0, v = 0; t < tiles; t++) {
             const int64_t wide = (vectors - v + tiles - t - 1) / (tiles - t), lane = v * LANES;
@@ -603,7 +332,7 @@ struct Convolution {
             const int64_t lines = last_line - first_line;
             for (int64_t i = 0; i < lines; i++)
                 run_line(g, f, first_line + i, static_cast<int>(wide), values + value_ptr[g] + lane * BESIDE, lanes, offset,
-                         after(g, t * lines + i, tiles * lines), sink);
+                         fetches ? t * lines + i : 0, fetches ? tiles * lines : 0, sink);
             v += wide;
         }
     }
@@ -613,16 +342,21 @@ struct Convolution {
         for (int64_t i = 0; i < n; i += 64 / SIZE) __builtin_prefetch(from + i, 0, 2);
     }
 
-    // Share `i` of `n` of the next group's weights: in a network they come from memory, and would keep this core waiting.
+    // What tile `i` of `n` fetches of the next group's weights: in a network they come from memory, and would keep this
+    // core waiting. As fast as possible just before they are needed: they would not stay for long in the second-level
+    // cache, which another thread of this core may share.
     Ahead after(int64_t g, int64_t i, int64_t n) const {
+        const char* from = reinterpret_cast<const char*>(values + value_ptr[g]);
+        if (g + 1 == q.groups || n == 0) return {from, 0};
         const int64_t columns_here = std::max<int64_t>(1, column_ptr[g + 1] - column_ptr[g]);
-        if (g + 1 == q.groups) return {reinterpret_cast<const char*>(values + value_ptr[g]), 0};
-        const int64_t bytes = (value_ptr[g + 2] - value_ptr[g + 1]) * SIZE;
-        return {reinterpret_cast<const char*>(values + value_ptr[g + 1]) + bytes * i / n, bytes / n / columns_here};
+        const int64_t bytes = (value_ptr[g + 2] - value_ptr[g + 1]) * SIZE, of_a_tile = columns_here * FETCHED;
+        const int64_t tiles = std::min(n, (bytes + of_a_tile - 1) / of_a_tile + 1), at = i - (n - tiles);
+        if (at < 0) return {from, 0};
+        return {reinterpret_cast<const char*>(values + value_ptr[g + 1]) + bytes * at / tiles, bytes / tiles / columns_here};
     }
 
     void run_line(int64_t g, const Field<T>& f, int64_t line, int wide, const Read<T>* w, int64_t lanes,
-                  const int32_t* offset, const Ahead& ahead, Sink<T> sink) const {
+                  const int32_t* offset, int64_t nth, int64_t of, Sink<T> sink) const {
         // Pixels that lie multiples of 4096 bytes apart share their lines of the first-level cache: not more than fit.
         const int64_t apart = CACHE_BYTES / std::gcd(CACHE_BYTES, f.x_pixel * SIZE);
         const int64_t most = std::min<int64_t>(ACCUMULATORS / wide, (CACHE_WAYS - 1) * apart);
@@ -638,6 +372,7 @@ struct Convolution {
             if (far) prefetch(f.x + (line + 1) * f.x_line + first * f.x_pixel + tall, here * q.channels);
             sink.y = f.y + at;
             sink.residual = f.residual ? f.residual + at : nullptr;
+            const Ahead ahead = after(g, nth * cuts + c, of * cuts);
             tile_for<T>(wide, static_cast<int>(here), sink.lanes)(f.x + line * f.x_line + first * f.x_pixel, f.x_pixel,
                                                       offset, from, to, w, lanes, ahead, sink);
         }
@@ -645,18 +380,19 @@ struct Convolution {
 
     void run() {
         plan();
-        const int64_t items = q.images * bands * parts;
+        const int64_t items = (q.images + together - 1) / together * bands * parts;
 #pragma omp parallel num_threads(static_cast<int>(q.threads)) if (q.threads > 1 && items > 1)
         {
-            Scratch scratch;
+            static thread_local Scratch<T> scratch;
             int64_t held = -1;
 #pragma omp for schedule(dynamic, 1)
             for (int64_t item = 0; item < items; item++) {
                 const int64_t unit = item / parts, part = item % parts, first = unit % bands * band;
+                const int64_t image = unit / bands * together, count = std::min(together, q.images - image);
                 if (held != unit)
-                    lay_out(unit / bands, first, std::min(band, q.out_height - first), scratch.copied, scratch.fields);
+                    lay_out(image, count, first, std::min(band, q.out_height - first), scratch);
                 held = unit;
-                for (const Field<T>& f : scratch.fields) run_field(part, f, scratch);
+                run_part(part, scratch);
             }
         }
     }

@@ -11,12 +11,14 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fxsparse.errors import InputError, first_line, near
+from fxsparse.ir.masks import fit_names
 from fxsparse.readers import torch_prune
 from fxsparse.readers.files import are_tensors, unwrapped
 
@@ -61,7 +63,7 @@ def load_weights(model: nn.Module, path: str) -> None:
 def set_weights(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """The tensors of `state`, which come from `where`, into `model`. Raises InputError unless all fit."""
     own = model.state_dict()
-    state = _with_other_names(own, state, where)
+    state = _with_other_names(own, fit_names(state, own), where)
     missing, unknown = [k for k in own if k not in state], [k for k in state if k not in own]
     if missing or unknown:
         first, others = (unknown[0], missing) if unknown else (missing[0], unknown)
@@ -103,18 +105,27 @@ def _with_other_names(own: Mapping[str, Tensor], state: Mapping[str, Tensor], wh
     return complete
 
 
-def parse_shape(text: str) -> tuple[int, ...]:
-    """`1,3,224,224` as sizes. Raises InputError when one of them is not a positive whole number."""
-    sizes = [size.strip() for size in text.split(",")]
-    wrong = [size for size in sizes if not (size.isascii() and size.isdigit() and int(size) > 0)]
+class Input(NamedTuple):
+    """An input by its shape: of numbers in the model's dtype, or of int64 from 0 to `below` - 1, such as token ids."""
+
+    shape: tuple[int, ...]
+    below: int | None = None
+
+
+def parse_input(text: str) -> Input:
+    """`1,3,224,224` or `1,128:50257`. Raises InputError when one of the numbers is not positive and whole."""
+    shape, colon, below = text.partition(":")
+    numbers = [number.strip() for number in shape.split(",") + [below] * bool(colon)]
+    wrong = [number for number in numbers if not (number.isascii() and number.isdigit() and int(number) > 0)]
     if wrong:
         raise InputError(
             f"--input {text}",
             expected="positive whole numbers with commas between",
             got=f"{wrong[0]!r} for one of them",
-            do="For one picture: --input 1,3,224,224",
+            do="For one picture: --input 1,3,224,224. For 128 of 50257 token ids: --input 1,128:50257",
         )
-    return tuple(map(int, sizes))
+    sizes = [int(number) for number in numbers]
+    return Input(tuple(sizes[:-1]), sizes[-1]) if colon else Input(tuple(sizes))
 
 
 def parse_dtype(text: str) -> torch.dtype:
@@ -129,13 +140,21 @@ def parse_dtype(text: str) -> torch.dtype:
     return DTYPES[text]
 
 
-def random_inputs(shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Normally distributed inputs, the same in every run. Raises InputError when they do not fit into memory."""
+def random_inputs(inputs: Iterable[Input], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Normally distributed inputs and evenly distributed ids, the same in every run.
+
+    Raises InputError when they do not fit into memory, or an id not into int64.
+    """
     generator = torch.Generator().manual_seed(0)
     try:
-        return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
-    except RuntimeError as error:  # more elements than there is memory, or than there are numbers
-        raise InputError("--input", expected="shapes that fit into memory", got=first_line(error),
+        return tuple(
+            torch.randn(shape, generator=generator).to(dtype)
+            if below is None
+            else torch.randint(below, shape, generator=generator)
+            for shape, below in inputs
+        )
+    except (RuntimeError, ValueError, TypeError) as error:  # torch says it in one of these ways
+        raise InputError("--input", expected="shapes that fit into memory and ids into int64", got=first_line(error),
                          do="A batch of one is enough: the result takes any.") from None  # fmt: skip
 
 
