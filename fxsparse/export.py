@@ -20,7 +20,7 @@ from fxsparse.deploy.tensorrt_build import Profile, decisions, eligible_weights,
 from fxsparse.deploy.tensorrt_runtime import open_engine
 from fxsparse.errors import InputError
 from fxsparse.ir.decision import Decision
-from fxsparse.ir.files import as_path, obstacle, replacing, writing
+from fxsparse.ir.files import replacing, writable, writing
 from fxsparse.ir.graph import flat
 from fxsparse.ir.inputs import batch_size
 from fxsparse.module import SparseModule
@@ -78,7 +78,7 @@ def export_onnx(
     VerificationError when the file computes something else; InputError when `sparse` is not compiled, or for `path`.
     """
     gm = compiled_graph(sparse)
-    check_path(path)
+    writable(path)
     require("onnx", "onnxscript", *["onnxruntime"] * verify, what="export_onnx")
     return _write(sparse, to_onnx(gm), path, external_data, verify)
 
@@ -98,20 +98,6 @@ def compiled_graph(sparse: object) -> fx.GraphModule:
         raise InputError("model to export", expected="what fxsparse.compile returned", got=type(sparse).__name__,
                          do="fxsparse.compile(model, masks, target='onnx', example_inputs=(x,))")  # fmt: skip
     return sparse.graph_module
-
-
-def check_path(path: str | os.PathLike[str]) -> None:
-    """Raise InputError unless a file can be written there: found out before the work rather than after."""
-    target = as_path(path, "a file to write")
-    try:
-        folder = target.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        problem = obstacle(target) or ("" if os.access(folder, os.W_OK) else "no right to write there")
-    except OSError as error:
-        problem = f"{type(error).__name__}: {error}"
-    if problem:
-        raise InputError(f"path {path!r}", expected="a file that can be written", got=problem,
-                         do="Name a file, such as 'model.onnx'.")  # fmt: skip
 
 
 def verify_onnx(gm: fx.GraphModule, model: OnnxModel, example: Sequence[object]) -> dict[int, str]:
@@ -172,7 +158,7 @@ def export_tensorrt(
     if not 1 <= profile.least <= profile.best <= profile.most:
         raise InputError(f"batches={batches!r}", expected="smallest <= best <= largest, from 1 on", got="others",
                          do="For example: batches=(1, 8, 64).")  # fmt: skip
-    check_path(path)
+    writable(path)
     trt = tensorrt() if engine else None
     require("onnx", "onnxscript", *["onnxruntime"] * (verify and not engine), what="export_tensorrt")
     model = to_onnx(gm)

@@ -18,9 +18,9 @@ import torch
 
 import fxsparse
 from fxsparse.cli import coarsen, options
-from fxsparse.cli.options import output_file
 from fxsparse.contest import timings
 from fxsparse.errors import FxSparseError, InputError, VerificationError
+from fxsparse.ir.files import writable
 from fxsparse.measure import interleave
 from fxsparse.progress import progress
 
@@ -85,14 +85,14 @@ def _parser() -> argparse.ArgumentParser:
         options.add_model(each)
         options.add_run(each)
     for each in (planning, compiling):
-        each.add_argument("--html", metavar="FILE", type=output_file, help="write the report as a page with pictures")
-        each.add_argument("--json", metavar="FILE", type=output_file, help="write the report as JSON")
+        each.add_argument("--html", metavar="FILE", type=writable, help="write the report as a page with pictures")
+        each.add_argument("--json", metavar="FILE", type=writable, help="write the report as JSON")
     for each in (compiling, timing):
         each.add_argument(
             "--verify", metavar="WHEN", default="end",
             help="compare with the masked model at the end, after each pass, or off (default: end)",
         )  # fmt: skip
-    compiling.add_argument("--out", metavar="FILE", type=output_file, help="save the result, for fxsparse.load")
+    compiling.add_argument("--out", metavar="FILE", type=writable, help="save the result, for fxsparse.load")
     compiling.add_argument(
         "--aoti", metavar="FILE", type=options.pt2_file, help="compile it into a .pt2 with AOTInductor"
     )

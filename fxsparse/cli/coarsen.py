@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import fxsparse
-from fxsparse.cli.options import add_model, model_and_masks, output_file, whole_number, write_text
+from fxsparse.cli.options import add_model, model_and_masks, whole_number, write_text
 from fxsparse.coarsen import Coarsened, n_m, partition, refill, refill_plus, regroup, shuffled_block
 from fxsparse.coarsen.given import excluded_masks
 from fxsparse.coarsen.page import page
 from fxsparse.errors import InputError, near
+from fxsparse.ir.files import writable
 from fxsparse.picture import data_uri, picture
 from fxsparse.progress import progress
 from fxsparse.prune import prunable
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method", metavar="NAME", required=True, help=f"how rows and columns are chosen: {', '.join(_METHODS)}"
     )
-    parser.add_argument("--out", metavar="FILE", type=output_file, required=True, help=".safetensors file to write")
+    parser.add_argument("--out", metavar="FILE", type=writable, required=True, help=".safetensors file to write")
     parser.add_argument(
         "--group-rows", metavar="N", type=whole_number("--group-rows", 1),
         help="rows that share columns: of a group, tile or block (default: the method's own, 32 or 16)",
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--exclude", metavar="NAME", action="append", default=[],
         help="a module or parameter whose mask is to stay as it is; may be given again",
     )  # fmt: skip
-    parser.add_argument("--html", metavar="FILE", type=output_file, help="write a page with pictures of the masks")
+    parser.add_argument("--html", metavar="FILE", type=writable, help="write a page with pictures of the masks")
 
 
 def run(arguments: argparse.Namespace) -> None:

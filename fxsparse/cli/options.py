@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import fxsparse
 from fxsparse.backend import TARGETS
 from fxsparse.cli import named
 from fxsparse.errors import InputError
-from fxsparse.ir.files import obstacle, replacing, writing
+from fxsparse.ir.files import replacing, writable, writing
 from fxsparse.package.aoti import check_suffix
 
 _MODEL = f"""\
@@ -92,28 +91,10 @@ def write_text(path: Path, text: str) -> None:
         name.write_text(text, encoding="utf-8")
 
 
-def output_file(text: str) -> Path:
-    """A path that can be written to, found out before the minutes of work rather than after."""
-    path = Path(text)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"output file {text!r}", expected="a path in a folder that exists or can be made, and written to",
-            got=f"{type(error).__name__}: {error.strerror}", do="Name another file.",
-        ) from None  # fmt: skip
-    if problem := obstacle(path):
-        do = f"{text.rstrip('/')}/report, say." if path.is_dir() else "Name another file."
-        raise InputError(f"output file {text!r}", expected="a file", got=problem, do=do)
-    return path
-
-
 def pt2_file(text: str) -> Path:
     """A path for AOTInductor's package."""
     check_suffix(text, "--aoti")
-    return output_file(text)
+    return writable(text)
 
 
 def whole_number(flag: str, least: int) -> Callable[[str], int]:

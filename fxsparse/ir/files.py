@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,28 @@ def as_path(path: object, what: str) -> Path:
 def obstacle(path: Path) -> str:
     """What stands where a file is to be written and is none; empty when nothing does."""
     return "a folder" if path.is_dir() else "something that is no file" if path.exists() and not path.is_file() else ""
+
+
+def writable(path: object) -> Path:
+    """`path`, if a file can be written there: found out before the minutes of work rather than after. Makes the folder.
+
+    Raises InputError otherwise.
+    """
+    target = as_path(path, "a file to write")
+    where = f"output file {str(target)!r}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise InputError(
+            where, expected="a path in a folder that exists or can be made, and written to",
+            got=f"{type(error).__name__}: {error.strerror}", do="Name another file.",
+        ) from None  # fmt: skip
+    if problem := obstacle(target):
+        do = f"{target / 'report'}, say." if target.is_dir() else "Name another file."
+        raise InputError(where, expected="a file", got=problem, do=do)
+    return target
 
 
 @contextlib.contextmanager
