@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from torch import fx
 
-from fxsparse.ir.graph import arg, aten
+from fxsparse.ir.graph import arg, aten, without_data
 
 Call = Callable[..., fx.Node]
 
@@ -91,7 +91,7 @@ def write_product(gm: fx.GraphModule, node: fx.Node, product: Product) -> fx.Nod
         new.meta.update({**node.meta, "val": op(*fx.map_arg(args, lambda n: n.meta["val"]))})
         return new
 
-    with gm.graph.inserting_before(node):
+    with without_data(gm), gm.graph.inserting_before(node):
         result, b = (_linear if product.is_linear else _matmul)(call, product)
     node.replace_all_uses_with(result)
     gm.graph.erase_node(node)

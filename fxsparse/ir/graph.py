@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import re
 from collections.abc import Callable, Iterator
@@ -175,15 +176,22 @@ def fake_mode(gm: fx.GraphModule) -> Any:
     return next(v.fake_mode for n in gm.graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode"))
 
 
+@contextlib.contextmanager
+def without_data(gm: fx.GraphModule) -> Iterator[Any]:
+    """Inside, operators on the fake values in `gm` give shapes, and symbolic sizes stay symbolic. Gives the mode."""
+    mode = fake_mode(gm)
+    with mode, torch.no_grad(), enable_python_dispatcher():  # without it some operators ask for sizes in C++
+        yield mode
+
+
 def refresh(gm: fx.GraphModule) -> None:
     """Propagate fake shapes again after a rewrite: updates meta["val"], and a wrong shape raises, without data.
 
     Symbolic sizes stay symbolic; weights get their new static shapes.
     """
-    mode = fake_mode(gm)
     flattened = flat(gm)
     inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
-    with mode, torch.no_grad(), enable_python_dispatcher():  # without it some operators ask for sizes in C++
+    with without_data(gm) as mode:
         _Refresh(flattened, lambda t: mode.from_tensor(t, static_shapes=True)).run(*inputs)
     for node, fresh in zip(gm.graph.nodes, flattened.graph.nodes, strict=True):
         if "val" in fresh.meta:
