@@ -155,7 +155,7 @@ def random_inputs(inputs: Iterable[Input], dtype: torch.dtype) -> tuple[Tensor, 
         )
     except (RuntimeError, ValueError, TypeError) as error:  # torch says it in one of these ways
         raise InputError("--input", expected="shapes that fit into memory and ids into int64", got=first_line(error),
-                         do="A batch of one is enough: the result takes any.") from None  # fmt: skip
+                         do="A batch of one is enough, and an embedding has fewer rows.") from None  # fmt: skip
 
 
 def _torchvision_model(name: str, attribute: str) -> nn.Module:

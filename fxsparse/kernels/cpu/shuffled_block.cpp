@@ -332,14 +332,14 @@ struct Convolution {
             const int64_t lines = last_line - first_line;
             for (int64_t i = 0; i < lines; i++)
                 run_line(g, f, first_line + i, static_cast<int>(wide), values + value_ptr[g] + lane * BESIDE, lanes, offset,
-                         fetches ? t * lines + i : 0, fetches ? tiles * lines : 0, sink);
+                         t * lines + i, fetches ? tiles * lines : 0, sink);
             v += wide;
         }
     }
 
     // The pixels that the next line is the first to read: scattered reads are no pattern for the hardware's prefetcher.
     static void prefetch(const Read<T>* from, int64_t n) {
-        for (int64_t i = 0; i < n; i += 64 / SIZE) __builtin_prefetch(from + i, 0, 2);
+        for (int64_t i = 0; i < n; i += CACHE_LINE / SIZE) __builtin_prefetch(from + i, 0, 2);
     }
 
     // What tile `i` of `n` fetches of the next group's weights: in a network they come from memory, and would keep this
