@@ -16,10 +16,13 @@ from fxsparse.errors import first_line
 from fxsparse.ir.decision import Decision
 from fxsparse.ir.graph import clone, get_tensor, set_tensor
 from fxsparse.ir.inputs import Prepare, as_is, channels_last, inputs_channels_last
-from fxsparse.measure import Runs, play_off
+from fxsparse.measure import Runs, interleave, play_off
 from fxsparse.report import Timing
 
 log = logging.getLogger("fxsparse")
+
+CLOSE_CALL = 1.1  # a ratio of times that is nearer to 1 is measured longer
+AGAIN = (6, 600)  # rounds, at least and at most
 
 
 @dataclass
@@ -94,7 +97,8 @@ def contest(
     if not any_size and (refined := _refined(ours, [b for b in rivals if b.target is target], runs, inputs)):
         ours, best, runs = _fastest([ours, refined[0]], [best, refined[1]], inputs)
         timed = {**timed, **runs.ms}
-    ratios = runs.ratios(best.name, ours.name)
+    runs = _settled(runs, best, ours, inputs)
+    ratios, timed = runs.ratios(best.name, ours.name), {**timed, **runs.ms}
     faster = ratios[len(ratios) // 2] >= 1.0
     won = ours if faster else best
     return Contest(
@@ -110,6 +114,14 @@ def _fastest(own: Sequence[_Build], rivals: Sequence[_Build], inputs: Sequence[A
     runs = play_off({b.name: _call(b, inputs) for b in own}, {b.name: _call(b, inputs) for b in rivals})
     first, second = (runs.fastest([b.name for b in builds]) for builds in (own, rivals))
     return next(b for b in own if b.name == first), next(b for b in rivals if b.name == second), runs
+
+
+def _settled(runs: Runs, best: _Build, ours: _Build, inputs: Sequence[Any]) -> Runs:
+    """With more rounds of the two where they are close: what else the machine does comes and goes within seconds."""
+    ratios = runs.ratios(best.name, ours.name)
+    if not 1 / CLOSE_CALL < ratios[len(ratios) // 2] < CLOSE_CALL:
+        return runs
+    return runs.and_then(interleave({b.name: _call(b, inputs) for b in (ours, best)}, bounds=AGAIN))
 
 
 def _refined(ours: _Build, rivals: Sequence[_Build], runs: Runs, inputs: Sequence[Any]) -> tuple[_Build, _Build] | None:

@@ -59,6 +59,10 @@ class Runs:
         rounds = max(len(self.ms[b]) for b in builds)
         return min((b for b in builds if len(self.ms[b]) == rounds), key=self.median)
 
+    def and_then(self, more: Runs) -> Runs:
+        """With the rounds of `more`, for the builds that it timed."""
+        return Runs({**self.ms, **{build: [*self.ms[build], *ms] for build, ms in more.ms.items()}})
+
     def ratios(self, a: str, b: str) -> list[float]:
         """A / b, round by round, sorted."""
         return sorted(x / y for x, y in zip(self.ms[a], self.ms[b], strict=True))

@@ -102,6 +102,24 @@ def test_where_it_is_not_worthwhile_nothing_is_lowered(monkeypatch: pytest.Monke
     assert (fast.report.sparse_ms, fast.report.dense_ms) == (2.0, 3.5)
 
 
+@pytest.mark.parametrize(("sparse_ms", "chosen"), [(3.4, "dense"), (3.3, "dense"), (3.0, "sparse")])
+def test_what_is_close_is_timed_longer_and_that_decides(
+    monkeypatch: pytest.MonkeyPatch, sparse_ms: float, chosen: str
+) -> None:
+    """The first rounds say 3.4 or 3.3 or 3.0 against 3.5 ms; the many after them 3.6 against 3.5."""
+
+    def interleave(builds: Mapping[str, Callable[[], object]], bounds: tuple[int, int]) -> Runs:
+        return Runs({name: [3.6 if name.startswith("sparse") else 3.5] * 20 for name in builds})
+
+    monkeypatch.setattr("fxsparse.contest.interleave", interleave)
+    times = SPARSE_GAINS | {"sparse: eager": sparse_ms}
+    report = compiled(monkeypatch, Quick(worthwhile=False), times).report
+    assert report.chosen == chosen
+    again = {"sparse: eager": 6, "eager, contiguous": 6, "eager, channels_last": 6}
+    again |= {"sparse: eager": 26, "eager, channels_last": 26} if chosen == "dense" else {}
+    assert {t.build: t.runs for t in report.timings} == again
+
+
 def test_a_compiler_that_fails_there_is_no_error(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -24,6 +24,8 @@ from fxsparse.dynamo import backend
 from fxsparse.dynamo.seen import Seen
 from fxsparse.ir.graph import get_tensor, set_tensor
 from fxsparse.passes import shrink_channels
+from tools.decoder import DecodeStep
+from tools.transformer_recipes import heads_and_neurons
 
 ROOT = Path(__file__).parents[1]
 POINT = "fxsparse.dynamo:backend"
@@ -214,6 +216,17 @@ def test_a_llama_is_rewritten_as_compile_does() -> None:
     model, masks = llama()
     tokens = torch.randint(0, 64, (1, 5))
     same_as_compile(Logits(model), {f"m.{n}": m for n, m in masks.items()}, tokens)
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_a_decoding_step_is_rewritten_as_compile_does() -> None:
+    """A token and a cache go in. Hidden neurons go; heads, whose keys the cache still holds, stay."""
+    pytest.importorskip("transformers")
+    step = DecodeStep(layers=1).eval()
+    masks = heads_and_neurons(step, sparsity=0.5, seed=0)
+    kept = {name.split(".")[-2]: mask.double().mean().item() for name, mask in masks.items()}
+    assert kept == dict.fromkeys(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"], 0.5)
+    same_as_compile(step, masks, *step.example_inputs(2))
 
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # its new name is not in 5.0

@@ -35,6 +35,7 @@ from fxsparse.ir.capture import capture
 from fxsparse.measure import Runs, cpu_name, play_off
 from fxsparse.passes import Context, canonicalize, choose_formats, run
 from tools.block_recipes import BLOCK_RECIPES
+from tools.decoder import DecodeStep
 from tools.recipes import RECIPES, randomize_batch_norm
 from tools.slim import native_slim
 from tools.transformer_recipes import heads_and_neurons
@@ -82,6 +83,7 @@ MATRIX: list[dict[str, Any]] = [
     for recipe in ("shuffled_blocks", "refill_coupled", "unstructured")
     for i, sparsity in enumerate((0.2, 0.5, 0.74, 0.95))
 ]
+Inputs = tuple[Tensor, ...]
 SUITES: dict[str, list[dict[str, Any]]] = {"spine": SPINE, "blocks": BLOCKS, "matrix": MATRIX}
 
 
@@ -102,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description="Measured rows; see the module's text.")
-    parser.add_argument("--model", default="resnet18", help="a name in models or torchvision.models")
+    parser.add_argument("--model", default="resnet18", help="a name in models or torchvision.models, or decode_step")
     parser.add_argument(
         "--recipe",
         default="refill_coupled",
@@ -146,37 +148,44 @@ def run_case(arguments: argparse.Namespace) -> dict[str, Any]:
     dtype = getattr(torch, arguments.dtype)
     model = build_model(arguments.model).to(arguments.device, dtype)
     masks = fxsparse.Masks(make_masks(arguments.recipe, model, arguments.sparsity, arguments.rows))
-    side = arguments.side or (32 if arguments.model.endswith("_cifar") else 224)
-    x = torch.randn(arguments.batch, 3, side, side, generator=torch.Generator().manual_seed(0)).to(
-        arguments.device, dtype
+    inputs = tuple(
+        x.to(arguments.device, dtype if x.is_floating_point() else None) for x in example_inputs(model, arguments)
     )
     with _Stages() as stages:
-        fast = fxsparse.compile(model, masks, arguments.target, example_inputs=(x,))
-    ours: dict[str, Callable[[], object]] = {"fxsparse": lambda: fast(x)}
+        fast = fxsparse.compile(model, masks, arguments.target, example_inputs=inputs)
+    ours: dict[str, Callable[[], object]] = {"fxsparse": lambda: fast(*inputs)}
     if arguments.entrance:
-        ours["torch.compile"] = _torch_compile(model, masks, x, arguments.target)
-    rivals = _dense(model, masks, x) | _onnxruntime(model, masks, x)
+        ours["torch.compile"] = _torch_compile(model, masks, inputs, arguments.target)
+    rivals = _dense(model, masks, inputs) | _onnxruntime(model, masks, inputs)
     with _Stages() as slim_stages:
         if arguments.recipe in RECIPES or arguments.recipe == "refill_coupled":
-            ours |= _slim(model, fast.report, x, arguments.target)
+            ours |= _slim(model, fast.report, inputs, arguments.target)
     runs = play_off(ours, rivals, arguments.seconds)
     return _row(arguments, fast.report, runs, {**stages.seconds, "slim": sum(slim_stages.seconds.values())})
 
 
 def build_model(name: str) -> nn.Module:
-    """A model of `models` or torchvision, seeded, in evaluation mode, with batch norm statistics that matter."""
+    """A model of `models` or torchvision, or `decode_step`: seeded, in evaluation mode, batch norms that matter."""
     import torchvision.models
 
     import models
 
     torch.manual_seed(0)
-    make = getattr(models, name, None) or getattr(torchvision.models, name)
+    make = {"decode_step": DecodeStep}.get(name) or getattr(models, name, None) or getattr(torchvision.models, name)
     model: nn.Module = make().eval()
     for layer in model.modules():  # torchvision's ViT starts with a head of zeros: all that is before it would be dead
         if isinstance(layer, nn.Linear) and not layer.weight.any():
             nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
     randomize_batch_norm(model, 1)
     return model
+
+
+def example_inputs(model: nn.Module, arguments: argparse.Namespace) -> tuple[Tensor, ...]:
+    """Images, but for a model that has inputs of its own."""
+    if isinstance(model, DecodeStep):
+        return model.example_inputs(arguments.batch)
+    side = arguments.side or (32 if arguments.model.endswith("_cifar") else 224)
+    return (torch.randn(arguments.batch, 3, side, side, generator=torch.Generator().manual_seed(0)),)
 
 
 def make_masks(recipe: str, model: nn.Module, sparsity: float, rows: int = 32) -> Mapping[str, Tensor]:
@@ -188,46 +197,47 @@ def make_masks(recipe: str, model: nn.Module, sparsity: float, rows: int = 32) -
     return {**RECIPES, "heads_and_neurons": heads_and_neurons}[recipe](model, sparsity=sparsity, seed=0)
 
 
-def _dense(model: nn.Module, masks: fxsparse.Masks, x: Tensor) -> dict[str, Callable[[], object]]:
+def _dense(model: nn.Module, masks: fxsparse.Masks, inputs: Inputs) -> dict[str, Callable[[], object]]:
     """PyTorch's dense builds, whatever the target: what any of them has to beat."""
-    builds = dense_builds(_captured(model, masks, x), [x], find_target("inductor" if x.is_cuda else "inductor_cpp"))
-    return {f"dense: {b.name}": _call(b.run, b.prepare([x])) for b in builds}
+    target = find_target("inductor" if inputs[0].is_cuda else "inductor_cpp")
+    builds = dense_builds(_captured(model, masks, inputs), inputs, target)
+    return {f"dense: {b.name}": _call(b.run, b.prepare(inputs)) for b in builds}
 
 
-def _torch_compile(model: nn.Module, masks: fxsparse.Masks, x: Tensor, target: str) -> Callable[[], object]:
+def _torch_compile(model: nn.Module, masks: fxsparse.Masks, inputs: Inputs, target: str) -> Callable[[], object]:
     """The same through the other entrance."""
     masked = copy.deepcopy(model)
     masks.apply_(masked)
     options: dict[str, Any] = {"masks": masks, "target": target}
-    return _call(torch.compile(masked, backend="fxsparse", options=options), [x])
+    return _call(torch.compile(masked, backend="fxsparse", options=options), inputs)
 
 
-def _captured(model: nn.Module, masks: fxsparse.Masks, x: Tensor) -> torch.fx.GraphModule:
-    gm = capture(model, (x,), masks, dynamic_batch=False)
+def _captured(model: nn.Module, masks: fxsparse.Masks, inputs: Inputs) -> torch.fx.GraphModule:
+    gm = capture(model, inputs, masks, dynamic_batch=False)
     run(gm, [canonicalize], Context())
     return gm
 
 
-def _slim(model: nn.Module, report: fxsparse.Report, x: Tensor, target: str) -> dict[str, Callable[[], object]]:
+def _slim(model: nn.Module, report: fxsparse.Report, inputs: Inputs, target: str) -> dict[str, Callable[[], object]]:
     try:
-        slim = _captured(native_slim(model, report), fxsparse.Masks(), x)
+        slim = _captured(native_slim(model, report), fxsparse.Masks(), inputs)
     except fxsparse.FxSparseError as error:  # widths that a plain module cannot have
         print(f"no natively slim model: {error}", file=sys.stderr)
         return {}
-    builds = dense_builds(slim, [x], find_target(target))
-    return {f"slim: {b.name}": _call(b.run, b.prepare([x])) for b in builds if b.name.startswith(target)}
+    builds = dense_builds(slim, inputs, find_target(target))
+    return {f"slim: {b.name}": _call(b.run, b.prepare(inputs)) for b in builds if b.name.startswith(target)}
 
 
-def _onnxruntime(model: nn.Module, masks: fxsparse.Masks, x: Tensor) -> dict[str, Callable[[], object]]:
+def _onnxruntime(model: nn.Module, masks: fxsparse.Masks, inputs: Inputs) -> dict[str, Callable[[], object]]:
     """The masked model in ONNX Runtime, on a CPU in float32, when it is installed."""
-    if x.device.type != "cpu" or x.dtype != torch.float32:
+    if any(x.device.type != "cpu" or x.dtype not in (torch.float32, torch.int64) for x in inputs):
         return {}
     try:
         target = find_target("onnx")
     except fxsparse.TargetError:
         return {}
-    run = target.lower_dense(_captured(model, masks, x), [x])
-    return {"dense: onnxruntime": _call(run, [x])}
+    run = target.lower_dense(_captured(model, masks, inputs), inputs)
+    return {"dense: onnxruntime": _call(run, inputs)}
 
 
 def _call(run: Callable[..., object], inputs: Sequence[Any]) -> Callable[[], object]:

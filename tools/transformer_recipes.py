@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from tools.recipes import ACTIVATIONS
 def heads_and_neurons(model: nn.Module, *, sparsity: float, seed: int) -> dict[str, Tensor]:
     """Of every nn.MultiheadAttention random heads, of every linear layer before an activation random rows, with biases.
 
+    Of a LLaMA (transformers), random key heads with their queries and outputs, and random hidden neurons.
     The width of the residual stream stays, as in structured pruning of transformers.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -25,7 +27,31 @@ def heads_and_neurons(model: nn.Module, *, sparsity: float, seed: int) -> dict[s
             if isinstance(layer, nn.Linear) and isinstance(after, ACTIVATIONS):
                 alive = _alive(layer.out_features, sparsity, generator)
                 masks |= _rows(f"{name}.{key}.", layer.weight, layer.bias, alive)
+        if hasattr(module, "num_key_value_groups"):
+            masks |= _grouped_heads(name, module, sparsity, generator)
+        if hasattr(module, "gate_proj"):
+            masks |= _gated_neurons(name, module, sparsity, generator)
     return masks
+
+
+def _grouped_heads(name: str, module: Any, sparsity: float, generator: torch.Generator) -> dict[str, Tensor]:
+    """Outputs too: a dead head reads what the cache kept of it."""
+    k, q, out = module.k_proj, module.q_proj, module.o_proj
+    keys = _alive(k.out_features // module.head_dim, sparsity, generator).repeat_interleave(module.head_dim)
+    queries = keys.view(-1, module.head_dim).repeat_interleave(module.num_key_value_groups, 0).flatten()
+    masks = _rows(f"{name}.q_proj.", q.weight, q.bias, queries)
+    for key in ("k_proj", "v_proj"):
+        layer = getattr(module, key)
+        masks |= _rows(f"{name}.{key}.", layer.weight, layer.bias, keys)
+    return masks | {f"{name}.o_proj.weight": queries.expand_as(out.weight).clone()}
+
+
+def _gated_neurons(name: str, module: Any, sparsity: float, generator: torch.Generator) -> dict[str, Tensor]:
+    gate, up = module.gate_proj, module.up_proj
+    alive = _alive(gate.out_features, sparsity, generator)
+    return _rows(f"{name}.gate_proj.", gate.weight, gate.bias, alive) | _rows(
+        f"{name}.up_proj.", up.weight, up.bias, alive
+    )
 
 
 def _alive(n: int, sparsity: float, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,40 @@
+"""A LLaMA-like decoder for the bench: one step, a token and a cache in, logits and what the cache gains out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class DecodeStep(nn.Module):
+    """`LlamaForCausalLM` of transformers, random weights, 32 million in 8 layers; 255 tokens were read before."""
+
+    def __init__(self, layers: int = 8) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        super().__init__()
+        self.config = LlamaConfig(
+            vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=layers, num_attention_heads=8,
+            num_key_value_heads=4, head_dim=64, max_position_embeddings=256,
+        )  # fmt: skip
+        self.decoder = LlamaForCausalLM(self.config)
+
+    def example_inputs(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [batch, 1], keys and values [batch, layers, key heads, past, head width]."""
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(8192, (batch, 1), generator=generator)
+        keys, values = (
+            torch.randn(batch, self.config.num_hidden_layers, 4, 255, 64, generator=generator) for _ in range(2)
+        )
+        return tokens, keys, values
+
+    def forward(self, tokens: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [batch, vocabulary], the step's own keys and values [batch, layers, key heads, 1, head width]."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(list(zip(keys.unbind(1), values.unbind(1), strict=True)), config=self.config)
+        logits = self.decoder(tokens, past_key_values=cache).logits[:, -1]
+        new_keys, new_values = (
+            torch.stack([getattr(layer, kind)[:, :, -1:] for layer in cache.layers], 1) for kind in ("keys", "values")
+        )
+        return logits, new_keys, new_values
