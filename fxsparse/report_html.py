@@ -6,13 +6,11 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from pathlib import Path
 
 from torch import Tensor
 
-from fxsparse.errors import InputError
 from fxsparse.ir.decision import Plan
-from fxsparse.ir.files import obstacle, replacing
+from fxsparse.ir.files import replacing, writable
 from fxsparse.picture import PIXELS, data_uri, picture
 from fxsparse.report import Report, Row, count, duration, format_name, percent, reasons, shape_change, short_names
 from fxsparse.report_style import STYLE
@@ -24,19 +22,10 @@ _MAGNIFY = 8  # a small picture is shown so many times larger, at most
 
 
 def write_page(report: Report, path: str | os.PathLike[str]) -> None:
-    """Write the page to `path`, whole or not at all; missing folders are made. Raises InputError on what is none."""
-    target = Path(path)
-    where = f"report file {os.fspath(path)!r}"
-    if problem := obstacle(target):
-        do = f"Name a file in it: {str(target / 'report.html')!r}." if target.is_dir() else "Name another file."
-        raise InputError(where, expected="the name of a file", got=problem, do=do)
-    content = page(report).encode()
-    try:
-        with replacing(target) as temporary:
-            temporary.write_bytes(content)
-    except (FileExistsError, NotADirectoryError):
-        do = f"Something on the way to {str(target.parent)!r} is a file. Choose another folder."
-        raise InputError(where, expected="a file in a folder", got="a path through a file", do=do) from None
+    """Write the page to `path`, whole or not at all; missing folders are made. Raises InputError where none can be."""
+    target = writable(path)
+    with replacing(target) as temporary:
+        temporary.write_bytes(page(report).encode())
 
 
 def page(report: Report) -> str:
