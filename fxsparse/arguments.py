@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fxsparse.errors import InputError
+from fxsparse.ir.inputs import Call
 from fxsparse.module import SparseModule, memory_format
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
@@ -47,17 +48,12 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
                          do="Load the weights first: model.to_empty(device='cpu'), load_state_dict.")  # fmt: skip
 
 
-def checked_inputs(inputs: object) -> tuple[Any, ...]:
-    """A tuple of `inputs`, its tensors dense. Raises InputError without a tensor, or for a tensor of another kind."""
-    if isinstance(inputs, Tensor):
-        inputs = (inputs,)
-    if not isinstance(inputs, (tuple, list)) or not any(isinstance(x, Tensor) for x in pytree.tree_leaves(inputs)):
-        raise InputError("example_inputs", expected="a tuple of positional inputs with at least one tensor",
-                         got=type(inputs).__name__,
-                         do="For one image: (torch.randn(1, 3, 224, 224),). A model called by keywords needs a wrapper "
-                         "or torch.compile(model, backend='fxsparse').")  # fmt: skip
-    dense: tuple[Any, ...] = pytree.tree_map(_dense, tuple(inputs))
-    return dense
+def checked_inputs(call: Call) -> Call:
+    """`call`, its tensors dense. Raises InputError without a tensor, or for a tensor of another kind."""
+    if not any(isinstance(x, Tensor) for x in pytree.tree_leaves(tuple(call))):
+        raise InputError("example_inputs", expected="at least one tensor", got="none",
+                         do="For one image: (torch.randn(1, 3, 224, 224),).")  # fmt: skip
+    return Call(*pytree.tree_map(_dense, tuple(call)))
 
 
 @torch.inference_mode(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -25,7 +26,7 @@ from fxsparse.formats import FORMATS
 from fxsparse.ir.capture import capture, masked_output
 from fxsparse.ir.decision import Plan
 from fxsparse.ir.graph import clone, erase_unused, flat
-from fxsparse.ir.inputs import batch_size, device_of
+from fxsparse.ir.inputs import Call, batch_size, device_of, signature_of
 from fxsparse.ir.masks import Masks
 from fxsparse.ir.symbols import concrete, open_sizes, symbolic_dims
 from fxsparse.measure import LayerTimes, cpu_name
@@ -40,6 +41,7 @@ log = logging.getLogger("fxsparse")
 
 # Compilations of one process time no layer twice, and choose the same formats, whichever entrance they came in by.
 _LAYER_TIMES: dict[str, dict[str, float]] = {}
+ExampleInputs = tuple[Any, ...] | Mapping[str, Any] | Tensor | None
 MaskSource = Masks | Mapping[str, Tensor] | str | os.PathLike[str] | None
 _REPRODUCE = "Please report it: run fxsparse.compile(..., target='eager', verify='each') to name the pass."
 
@@ -117,7 +119,7 @@ def compile(
     masks: MaskSource = None,
     target: str = "inductor",
     *,
-    example_inputs: tuple[Any, ...] | Tensor | None = None,
+    example_inputs: ExampleInputs = None,
     dynamic_batch: bool = True,
     formats: str = "auto",
     verify: str = "end",
@@ -130,7 +132,8 @@ def compile(
                     reads, or None: then zeros in the weights and torch.nn.utils.prune masks are found
     target          "inductor" (default), "inductor_cpp" (its calls in C++), "eager", "onnx" (ONNX Runtime, CPU) or
                     "tensorrt"
-    example_inputs  positional inputs with the batch in dimension 0; None: compile at the first call
+    example_inputs  a tuple of positional inputs, or a dict of inputs by name, with the batch in dimension 0; None:
+                    compile at the first call
     dynamic_batch   accept any batch size
     formats         how the remaining weights are stored. "auto": dense or a sparse format, whichever is measured faster
                     (or, with measure=False, holds clearly less); "dense": always dense; a format's name,
@@ -143,15 +146,15 @@ def compile(
     """
     options = checked_options(target, dynamic_batch, formats, verify, measure, cache_dir)
     found = as_masks(masks).check(checked_model(model))
-    module = SparseModule(functools.partial(_compile_inputs, model, found, options))
-    return module if example_inputs is None else module.prepare(checked_inputs(example_inputs))
+    module = SparseModule(functools.partial(_build, model, found, options))
+    return module if example_inputs is None else module.prepare(example_inputs)
 
 
 @torch.inference_mode(False)  # the analysis differentiates
 def plan(
     model: nn.Module,
     masks: MaskSource = None,
-    example_inputs: tuple[Any, ...] | Tensor | None = None,
+    example_inputs: ExampleInputs = None,
     *,
     target: str = "inductor",
 ) -> Report:
@@ -163,21 +166,25 @@ def plan(
     if example_inputs is None:
         raise InputError("example_inputs of plan", expected="a tuple of inputs", got="None",
                          do="A dry run needs shapes: plan(model, masks, (torch.randn(1, 3, 224, 224),)).")  # fmt: skip
-    inputs = checked_inputs(example_inputs)
+    call = checked_inputs(Call.of(example_inputs))
     found = as_masks(masks).check(checked_model(model))
-    rewritten = _rewrite(_capture(model, found, inputs, options), options)
+    rewritten = _rewrite(_capture(model, found, _canonical(model, call), options), options)
     return dataclasses.replace(_report(rewritten, options), chosen="not measured")
 
 
-def _compile_inputs(model: nn.Module, masks: Masks, options: Options, inputs: tuple[Any, ...]) -> Build:
-    return _build(model, masks, checked_inputs(inputs), options)
-
-
-def _build(model: nn.Module, masks: Masks, inputs: tuple[Any, ...], options: Options) -> Build:
+def _build(model: nn.Module, masks: Masks, options: Options, call: Call) -> Build:
+    call = _canonical(model, checked_inputs(call))
     with torch.inference_mode(False):
-        captured = _capture(model, masks, inputs, options)
+        captured = _capture(model, masks, call, options)
     out_spec = _out_spec(captured.gm)
-    return build(captured, pytree.tree_structure(inputs), out_spec, options)
+    built = build(captured, pytree.tree_structure(tuple(call)), out_spec, options)
+    return dataclasses.replace(built, signature=signature_of(model.forward))
+
+
+def _canonical(model: nn.Module, call: Call) -> Call:
+    with contextlib.suppress(TypeError):  # `capture` says what the model said to it
+        return call.canonical(signature_of(model.forward))
+    return call
 
 
 @torch.inference_mode(False)  # the analysis differentiates
@@ -197,13 +204,13 @@ def build(captured: Captured, in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpe
                  any_batch=won.run if won.any_size else None, lowered_by=won.target)  # fmt: skip
 
 
-def _capture(model: nn.Module, masks: Masks, inputs: tuple[Any, ...], options: Options) -> Captured:
+def _capture(model: nn.Module, masks: Masks, call: Call, options: Options) -> Captured:
     log.info("capture")
-    gm = capture(model, inputs, masks, dynamic_batch=options.dynamic_batch)
-    leaves, in_spec = pytree.tree_flatten(inputs)
+    gm = capture(model, call.args, masks, call.kwargs, dynamic_batch=options.dynamic_batch)
+    leaves, in_spec = pytree.tree_flatten(tuple(call))
 
     def own(leaves: Sequence[Any]) -> Any:
-        return masked_output(model, masks, pytree.tree_unflatten(leaves, in_spec))
+        return masked_output(model, masks, Call(*pytree.tree_unflatten(leaves, in_spec)))
 
     parameters = sum(p.numel() for p in model.parameters())
     return Captured(gm, leaves, own, masks or _found_in(model), parameters)

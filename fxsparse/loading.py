@@ -44,8 +44,9 @@ def load(path: str | os.PathLike[str], *, target: str | None = None, native: boo
     run = (native and _native(saved)) or _Lazily(lambda: own.lower(_shaped(saved, own), inputs), f"lower ({own.name})")
     what = f"lower ({any_target.name}, any batch size)"
     return SparseModule.of(Build(
-        saved.gm, saved.example, signature.in_spec.children()[0], signature.out_spec, any_target, run, saved.report,
+        saved.gm, saved.example, signature.in_spec, signature.out_spec, any_target, run, saved.report,
         saved.dynamic_batch, prepare, _Lazily(lambda: any_target.lower_dynamic(_shaped(saved, any_target)), what), own,
+        saved.signature,
     ))  # fmt: skip
 
 

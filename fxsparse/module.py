@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import logging
 import os
 import tempfile
@@ -22,7 +23,7 @@ from fxsparse.backend.target import COMPILING, Runnable
 from fxsparse.errors import InputError
 from fxsparse.ir.files import writing
 from fxsparse.ir.graph import flat
-from fxsparse.ir.inputs import LAYOUTS, Prepare, as_is, device_of
+from fxsparse.ir.inputs import LAYOUTS, Call, Prepare, as_is, device_of
 from fxsparse.ir.shapes import propagate
 from fxsparse.ir.version import VERSION
 from fxsparse.package import Saved, write
@@ -40,7 +41,9 @@ class Build:
     example   flattened inputs it was built for
     run       flattened inputs -> flattened outputs, for the example's batch size
     prepare   applied to the flattened inputs first (a memory format)
+    in_spec   structure of (positional inputs, inputs by name)
     lowered_by  what made `run`: another target where a dense build won
+    signature   of the model's forward; None where it is not known
     """
 
     gm: fx.GraphModule
@@ -54,9 +57,12 @@ class Build:
     prepare: Prepare = as_is
     any_batch: Runnable | None = field(default=None)
     lowered_by: Target | None = field(default=None)
+    signature: inspect.Signature | None = None
 
     def __post_init__(self) -> None:
         self.prepared = self.prepare(self.example)
+        args, kwargs = self.in_spec.children()
+        self.plain = not kwargs.children() and all(child.is_leaf() for child in args.children())
         self.storages = {b.untyped_storage().data_ptr() for b in self.gm.buffers() if b.numel()}
 
 
@@ -71,9 +77,9 @@ class SparseModule(nn.Module):
     Without example inputs it is compiled at the first call, from the model as it is then.
     """
 
-    def __init__(self, build: Callable[[tuple[Any, ...]], Build]) -> None:
+    def __init__(self, build: Callable[[Call], Build]) -> None:
         super().__init__()
-        self._make: Callable[[tuple[Any, ...]], Build] | None = build
+        self._make: Callable[[Call], Build] | None = build
         self._build: Build | None = None
         super().train(False)
 
@@ -84,14 +90,17 @@ class SparseModule(nn.Module):
         module._build, module._make = build, None
         return module
 
-    def prepare(self, example_inputs: tuple[Any, ...]) -> SparseModule:
+    def prepare(self, example_inputs: tuple[Any, ...] | Mapping[str, Any] | Tensor) -> SparseModule:
         """Compile now, for inputs like these."""
+        return self._prepare(Call.of(example_inputs))
+
+    def _prepare(self, call: Call) -> SparseModule:
         with COMPILING:
             if self._make is not None:
-                self._build = self._make(example_inputs)
+                self._build = self._make(call)
                 self._make = None  # lets go of the user's model
         build = self._built("prepare")
-        _check_inputs(build, self._leaves(build, example_inputs))
+        _check_inputs(build, self._leaves(build, call))
         return self
 
     @property
@@ -104,27 +113,32 @@ class SparseModule(nn.Module):
         return propagate(build.gm, build.example, dynamic_batch=build.dynamic_batch)
 
     @property
-    def example_inputs(self) -> tuple[Any, ...]:
-        """Inputs that it was compiled for; zeros of those shapes in a module that was loaded."""
-        build = self._built("example_inputs")
-        inputs: tuple[Any, ...] = pytree.tree_unflatten(build.example, build.in_spec)
-        return inputs
+    def example(self) -> Call:
+        """Inputs that it was compiled for, (args, kwargs); zeros of those shapes in a module that was loaded."""
+        build = self._built("example")
+        return Call(*pytree.tree_unflatten(build.example, build.in_spec))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The masked model's outputs, in its own structure."""
-        if kwargs:
-            raise InputError("call of a SparseModule", expected="positional inputs, as in example_inputs",
-                             got=f"keywords {sorted(kwargs)}", do="Pass them by position.")  # fmt: skip
-        build = self._build or self.prepare(args)._built("forward")
-        inputs = self._leaves(build, args)
+        call = Call(args, kwargs)
+        build = self._build or self._prepare(call)._built("forward")
+        inputs = self._leaves(build, call)
         return pytree.tree_unflatten(run_build(build, inputs, _check_inputs(build, inputs)), build.out_spec)
 
-    def _leaves(self, build: Build, args: tuple[Any, ...]) -> Sequence[Any]:
-        if len(args) == len(build.example) and all(isinstance(x, Tensor) for x in args) and _is_flat(build.in_spec):
+    def _leaves(self, build: Build, call: Call) -> Sequence[Any]:
+        args = call.args
+        if build.plain and not call.kwargs and len(args) == len(build.example) and all(map(_is_tensor, args)):
             return args
+        names = self.example.names(build.signature)
         try:
-            return build.in_spec.flatten_up_to(args)  # by name: a dict may have its keys in another order
+            call = call.canonical(build.signature)
+            return build.in_spec.flatten_up_to(tuple(call))  # by name: a dict may have its keys in another order
+        except TypeError as error:
+            raise _misfit(", ".join(names), str(error)) from None
         except ValueError as error:
+            given = call.names(build.signature)
+            if given != names:
+                raise _misfit(", ".join(names), ", ".join(given)) from None
             raise _misfit("inputs nested as in example_inputs", str(error)) from None
 
     def train(self, mode: bool = True) -> SparseModule:
@@ -175,7 +189,7 @@ class SparseModule(nn.Module):
         layout = next(name for name, prepare in LAYOUTS.items() if prepare is build.prepare)
         lowered_by = build.lowered_by or build.target
         saved = Saved(build.gm, build.example, build.target.name, lowered_by.name, layout, build.dynamic_batch,
-                      build.report)  # fmt: skip
+                      build.report, build.signature)  # fmt: skip
         with writing(path):
             if native:
                 saved.native, saved.native_for = _native(build, lowered_by)
@@ -191,10 +205,9 @@ class SparseModule(nn.Module):
         build = self._built("save_aoti")
         check_suffix(path, "path of save_aoti")
         find_target("inductor")
-        args = pytree.tree_unflatten(build.example, build.in_spec)
         about = {"fxsparse": VERSION, "inputs": "; ".join(_describe(x) for x in build.example)}
         with writing(path):
-            compile_aoti(self.graph_module, args, path, dynamic_batch=dynamic_batch, metadata=about)
+            compile_aoti(self.graph_module, self.example, path, dynamic_batch=dynamic_batch, metadata=about)
 
     def _built(self, what: str) -> Build:
         if self._build is None:
@@ -239,7 +252,7 @@ def _native(build: Build, lowered_by: Target) -> tuple[bytes, Mapping[str, str]]
     device = device_of(build.example)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt2"
-        compile_aoti(flat(build.gm), tuple(build.prepared), path)
+        compile_aoti(flat(build.gm), Call(tuple(build.prepared), {}), path)
         return path.read_bytes(), machine(device)
 
 
@@ -288,8 +301,8 @@ def _laid_out(inputs: Sequence[Any], like: Sequence[Any]) -> Sequence[Any]:
     ]
 
 
-def _is_flat(spec: pytree.TreeSpec) -> bool:
-    return all(child.is_leaf() for child in spec.children())
+def _is_tensor(x: object) -> bool:
+    return isinstance(x, Tensor)
 
 
 def _unaliased(y: Any, build: Build, inputs: Sequence[Any]) -> Any:

@@ -137,6 +137,14 @@ def test_token_ids_are_whole_numbers_below_a_bound(nets: Path, calls: list[dict[
     assert ids.unique().tolist() == list(range(7))
 
 
+def test_inputs_have_names_where_the_model_is_called_by_them(nets: Path, calls: list[dict[str, Any]]) -> None:
+    named = ["--input", "ids=2,500:7", "--input", "numbers = 3,4"]
+    assert cli.main(["plan", "nets_here:tiny", *named]) == 0
+    assert {name: (x.dtype, tuple(x.shape)) for name, x in calls[0]["inputs"].items()} == {
+        "ids": (torch.int64, (2, 500)), "numbers": (torch.float32, (3, 4)),
+    }  # fmt: skip
+
+
 def test_a_model_has_the_same_weights_and_inputs_in_every_run(nets: Path, calls: list[dict[str, Any]]) -> None:
     for _ in range(2):
         assert cli.main(["plan", "nets_here:tiny", "--input", "3,4"]) == 0
@@ -285,6 +293,12 @@ def test_what_is_not_a_model_is_refused(nets: Path, refused: Callable[..., str],
         (["--input", ""], "got '' for one of them"),
         (["--input", "1,8:"], "got '' for one of them"),
         (["--input", "1,8:-5"], "got '-5' for one of them.\n  For one picture"),
+        (
+            ["--input", "x=1,8", "--input", "3,4"],
+            "--input: expected a name for every input, each another, or none at all",
+        ),
+        (["--input", "x=1,8", "--input", "x=3,4"], "got 1 names for 2 inputs.\n"),
+        (["--input", "x=y=1,8"], "got 'y=1' for one of them"),
         (["--input", "1,8:50,7"], "got '50,7' for one of them"),
         (["--input", f"1,8:{2**70}"], "--input: expected shapes that fit into memory and ids into int64; got "),
         ([], "InputError: --input: expected the shape of each input of the model; got none.\n"),

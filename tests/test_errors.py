@@ -187,9 +187,17 @@ def test_inputs_that_do_not_fit_the_model(inputs: tuple[Tensor, ...], cause: str
         build(inputs=inputs)
 
 
-@pytest.mark.parametrize("inputs", [{"x": torch.ones(2, 5)}, "image.png", (), (None,), (1, 2), ((2, 5),)])
-def test_example_inputs_that_are_no_tuple_of_tensors(inputs: object) -> None:
-    with refused(InputError, where="example_inputs", expected="at least one tensor", got=type(inputs).__name__,
+@pytest.mark.parametrize("inputs", [(), (None,), (1, 2), ((2, 5),), {}, {"input": None}])
+def test_example_inputs_without_a_tensor(inputs: object) -> None:
+    with refused(InputError, where="example_inputs", expected="at least one tensor", got="none",
+                 do="(torch.randn(1, 3, 224, 224),)"):  # fmt: skip
+        build(inputs=inputs)
+
+
+@pytest.mark.parametrize("inputs", ["image.png", 5, {1: torch.ones(2, 5)}, {torch.ones(2, 5)}])
+def test_example_inputs_that_are_neither_a_tuple_nor_a_dict_by_name(inputs: object) -> None:
+    with refused(InputError, where="example_inputs", expected="a tuple of positional inputs, or a dict of inputs by",
+                 got="a dict with other keys" if isinstance(inputs, dict) else type(inputs).__name__,
                  do="(torch.randn(1, 3, 224, 224),)"):  # fmt: skip
         build(inputs=inputs)
 

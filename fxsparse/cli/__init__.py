@@ -33,6 +33,7 @@ examples:
   fxsparse bench my_package.nets:small --input 8,3,64,64 --threads 1 >> rows.jsonl
   fxsparse coarsen torchvision:resnet18 --masks pruned.pt --method partition --out coarse.safetensors
   fxsparse plan my_package.nets:gpt --masks pruned.pt --input 1,128:50257
+  fxsparse plan my_package.nets:bert --masks pruned.pt --input input_ids=1,128:30522 --input attention_mask=1,128:2
   fxsparse demo --quick
 """
 
@@ -170,8 +171,8 @@ def _bench_package(arguments: argparse.Namespace) -> None:
         torch.set_num_threads(arguments.threads)
     with progress():
         module = fxsparse.load(arguments.model, native=arguments.native)
-        inputs = module.example_inputs
-        runs = interleave({"package": lambda: module(*inputs)})
+        args, kwargs = module.example
+        runs = interleave({"package": lambda: module(*args, **kwargs)})
     (timing,) = timings(runs)
     environment = {key: value for key, value in module.report.environment.items() if key == "inputs"}
     print(

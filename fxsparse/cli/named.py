@@ -8,7 +8,7 @@ import os
 import pickle
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -105,16 +105,21 @@ def _with_other_names(own: Mapping[str, Tensor], state: Mapping[str, Tensor], wh
     return complete
 
 
+Inputs = tuple[Tensor, ...] | dict[str, Tensor]
+
+
 class Input(NamedTuple):
     """An input by its shape: of numbers in the model's dtype, or of int64 from 0 to `below` - 1, such as token ids."""
 
     shape: tuple[int, ...]
     below: int | None = None
+    name: str = ""
 
 
 def parse_input(text: str) -> Input:
-    """`1,3,224,224` or `1,128:50257`. Raises InputError when one of the numbers is not positive and whole."""
-    shape, colon, below = text.partition(":")
+    """`1,3,224,224`, `1,128:50257` or `input_ids=1,128:50257`. Raises InputError unless its numbers are positive."""
+    *named, given = text.split("=", 1)
+    shape, colon, below = given.partition(":")
     numbers = [number.strip() for number in shape.split(",") + [below] * bool(colon)]
     wrong = [number for number in numbers if not (number.isascii() and number.isdigit() and int(number) > 0)]
     if wrong:
@@ -125,7 +130,8 @@ def parse_input(text: str) -> Input:
             do="For one picture: --input 1,3,224,224. For 128 of 50257 token ids: --input 1,128:50257",
         )
     sizes = [int(number) for number in numbers]
-    return Input(tuple(sizes[:-1]), sizes[-1]) if colon else Input(tuple(sizes))
+    name = named[0].strip() if named else ""
+    return Input(tuple(sizes[:-1]), sizes[-1], name) if colon else Input(tuple(sizes), name=name)
 
 
 def parse_dtype(text: str) -> torch.dtype:
@@ -140,22 +146,28 @@ def parse_dtype(text: str) -> torch.dtype:
     return DTYPES[text]
 
 
-def random_inputs(inputs: Iterable[Input], dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Normally distributed inputs and evenly distributed ids, the same in every run.
+def random_inputs(inputs: Sequence[Input], dtype: torch.dtype) -> Inputs:
+    """Normally distributed inputs and evenly distributed ids, the same in every run; a dict where they have names.
 
-    Raises InputError when they do not fit into memory, or an id not into int64.
+    Raises InputError when they do not fit into memory, an id not into int64, or only some have names.
     """
     generator = torch.Generator().manual_seed(0)
     try:
-        return tuple(
+        made = tuple(
             torch.randn(shape, generator=generator).to(dtype)
             if below is None
             else torch.randint(below, shape, generator=generator)
-            for shape, below in inputs
+            for shape, below, _ in inputs
         )
     except (RuntimeError, ValueError, TypeError) as error:  # torch says it in one of these ways
         raise InputError("--input", expected="shapes that fit into memory and ids into int64", got=first_line(error),
                          do="A batch of one is enough, and an embedding has fewer rows.") from None  # fmt: skip
+    named = {given.name: x for given, x in zip(inputs, made, strict=True) if given.name}
+    if named and len(named) < len(inputs):
+        raise InputError("--input", expected="a name for every input, each another, or none at all",
+                         got=f"{len(named)} names for {len(inputs)} inputs",
+                         do="--input input_ids=1,128:50257 --input attention_mask=1,128:2")  # fmt: skip
+    return named or made
 
 
 def _torchvision_model(name: str, attribute: str) -> nn.Module:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import fxsparse
 from fxsparse.backend import TARGETS
@@ -37,7 +37,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--input", metavar="SHAPE", dest="inputs", type=named.parse_input, action="append", default=[],
         help="shape of an input, such as 1,3,224,224; of token ids, with the number of them: 1,128:50257; "
-        "once for each argument of the model",
+        "once for each argument of the model, with names where it is called by them: input_ids=1,128:50257",
     )  # fmt: skip
     parser.add_argument(
         "--dtype", metavar="NAME", type=named.parse_dtype, default=torch.float32,
@@ -57,7 +57,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load(arguments: argparse.Namespace) -> tuple[nn.Module, fxsparse.Masks | None, tuple[Tensor, ...]]:
+def load(arguments: argparse.Namespace) -> tuple[nn.Module, fxsparse.Masks | None, named.Inputs]:
     """Model, masks where they are given, and inputs. Raises InputError or MaskError for what does not fit."""
     if not arguments.inputs:
         raise InputError(

@@ -21,6 +21,7 @@ from fxsparse.dynamo.seen import Seen
 from fxsparse.dynamo.settings import Settings
 from fxsparse.dynamo.strides import apart, laid_out, order_of
 from fxsparse.errors import CaptureError
+from fxsparse.ir.inputs import Call
 from fxsparse.ir.masks import Masks
 from fxsparse.ir.retrace import Retraced, outputs_of
 from fxsparse.module import Build, run_build
@@ -108,14 +109,14 @@ class Graph:
         seen = Seen([args[i] for i in self.weights], [k for k, i in enumerate(self.weights) if i in self.running])
         dynamic = any(grows and i not in self.weights for i, grows in enumerate(self.retraced.dynamic))
         inputs = [i for i, x in enumerate(args) if isinstance(x, Tensor) and i not in self.weights]
-        leaves = list(checked_inputs(tuple(args[i] for i in inputs)))
+        leaves = list(checked_inputs(Call(tuple(args[i] for i in inputs), {})).args)
         log.info("%s", self.name)
         options = dataclasses.replace(self.settings.options, dynamic_batch=dynamic)
         built = self._built(args, inputs, leaves, options)
         return _Entry(_taker(self.weights), seen, inputs, built, [args[i].shape for i in inputs])
 
     def _built(self, args: Sequence[Any], inputs: Sequence[int], leaves: list[Tensor], options: Options) -> Build:
-        in_spec = pytree.tree_structure(tuple(leaves))
+        in_spec = pytree.tree_structure((tuple(leaves), {}))
         out_spec = pytree.tree_structure([None] * (len(self.retraced.written) + len(self.orders)))
         with torch.inference_mode(False), torch.no_grad():
             names = {i: self.settings.names().get(id(args[i]), name) for i, name in self.weights.items()}

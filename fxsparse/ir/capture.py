@@ -18,18 +18,27 @@ from torch.utils import _pytree as pytree
 
 from fxsparse.errors import CaptureError, InputError
 from fxsparse.ir.graph import arg, aten, clone, get_tensor, has_attribute, operator_name, owner, set_tensor
+from fxsparse.ir.inputs import Call
 from fxsparse.ir.masks import Masks
 
 
-def capture(model: nn.Module, args: tuple[Any, ...], masks: Masks, *, dynamic_batch: bool) -> fx.GraphModule:
+def capture(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    masks: Masks,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_batch: bool,
+) -> fx.GraphModule:
     """The graph of `model` with every masked weight set to zero. The model itself is not touched.
 
-    args           example inputs, positional; tensors have the batch in dimension 0
+    args, kwargs   example inputs; tensors have the batch in dimension 0
     dynamic_batch  leave that dimension symbolic
     Raises CaptureError when torch.export cannot follow the model, InputError when the inputs do not fit it.
     """
+    call = Call(args, dict(kwargs or {}))
     with _untouched(model):
-        program = _export(model, args, dynamic_batch)
+        program = _export(model, call, dynamic_batch)
         _refuse_side_effects(program, model)
     known = "check_guards" in inspect.signature(program.module).parameters
     module = program.module(check_guards=False) if known else program.module()
@@ -39,16 +48,16 @@ def capture(model: nn.Module, args: tuple[Any, ...], masks: Masks, *, dynamic_ba
     _refuse_random(gm, model)
     _own(gm)
     _apply(gm, masks, model)
-    _run_once(gm, model, args, dynamic_batch)
+    _run_once(gm, model, call, dynamic_batch)
     return gm
 
 
-def masked_output(model: nn.Module, masks: Masks, args: tuple[Any, ...]) -> Any:
+def masked_output(model: nn.Module, masks: Masks, call: Call) -> Any:
     """What the user's own module gives with its masked weights at zero. The module is left as it was."""
     parameters = dict(model.named_parameters())
     zeroed = {n: parameters[n].detach().masked_fill(~m.to(parameters[n].device), 0) for n, m in masks.items()}
     with _untouched(model), torch.no_grad():
-        return torch.func.functional_call(model, zeroed, args)
+        return torch.func.functional_call(model, zeroed, call.args, dict(call.kwargs))
 
 
 @contextlib.contextmanager
@@ -94,19 +103,19 @@ def _evaluate(model: nn.Module) -> None:
         raise _cannot(model, "a model with an evaluation mode", got, advice) from None
 
 
-def _export(model: nn.Module, args: tuple[Any, ...], dynamic_batch: bool) -> torch.export.ExportedProgram:
-    shapes, given = None, args
+def _export(model: nn.Module, call: Call, dynamic_batch: bool) -> torch.export.ExportedProgram:
+    shapes, given = None, call
     if dynamic_batch:
-        args = pytree.tree_map(_two_or_more, args)
+        call = Call(*pytree.tree_map(_two_or_more, tuple(call)))
         batch = torch.export.Dim("batch", min=1)
         shapes = torch.export.ShapesCollection()  # by tensor, whatever the signature (*args, dicts)
-        for x in pytree.tree_leaves(args):
+        for x in pytree.tree_leaves(tuple(call)):
             if isinstance(x, Tensor) and x.dim():
                 shapes[x] = {0: batch}
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The tensor attributes? self", UserWarning)  # `_untouched` restores them
-            program = torch.export.export(model, args, dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(model, call.args, dict(call.kwargs), dynamic_shapes=shapes, strict=False)
             flat: torch.export.ExportedProgram = program.run_decompositions({})
             return flat
     except Exception as error:  # noqa: BLE001 - whatever torch.export raises becomes our error, with its text
@@ -118,19 +127,19 @@ def _two_or_more(x: Any) -> Any:
     return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == 1 else x
 
 
-def _explain(model: nn.Module, args: tuple[Any, ...], error: Exception, dynamic_batch: bool) -> Exception:
+def _explain(model: nn.Module, call: Call, error: Exception, dynamic_batch: bool) -> Exception:
     """InputError for a model that does not run on its inputs; CaptureError for one that runs and cannot be exported."""
     name = type(model).__name__
     try:
         with torch.no_grad():
-            model(*args)
+            model(*call.args, **call.kwargs)
     except Exception as cause:  # noqa: BLE001 - the model is the user's: it may raise anything
         return InputError(
             f"example_inputs for {name}",
             expected="inputs the model itself accepts",
-            got=f"{_describe(args)}, and model(*example_inputs) raises {type(cause).__name__}: {_first_line(cause)}",
-            do="Pass one tuple of positional inputs, as in model(*example_inputs). Wrap a model that is called by "
-            "keywords in a module that takes positions, or use torch.compile(model, backend='fxsparse').",
+            got=f"{_describe(call)}, and the model raises {type(cause).__name__}: {_first_line(cause)}",
+            do="Pass what the model is called with: a tuple for model(*example_inputs), or a dict for "
+            "model(**example_inputs).",
         )
     advice = (
         "Rewrite the part named above without data-dependent Python, compile the submodules that export, or use "
@@ -178,14 +187,14 @@ def _refuse_random(gm: fx.GraphModule, model: nn.Module) -> None:
             )
 
 
-def _run_once(gm: fx.GraphModule, model: nn.Module, args: tuple[Any, ...], dynamic_batch: bool) -> None:
+def _run_once(gm: fx.GraphModule, model: nn.Module, call: Call, dynamic_batch: bool) -> None:
     """Fake tensors let some wrong dtypes pass that the kernels refuse."""
     try:
         with torch.no_grad():
-            gm(*args)
+            gm(*call.args, **call.kwargs)
     except Exception as error:  # noqa: BLE001 - whatever the model's operators raise
         with _untouched(model):
-            explained = _explain(model, args, error, dynamic_batch)
+            explained = _explain(model, call, error, dynamic_batch)
         raise explained from None
 
 
@@ -211,9 +220,11 @@ def _own(gm: fx.GraphModule) -> None:
         set_tensor(gm, target, copies[key])
 
 
-def _describe(args: tuple[Any, ...]) -> str:
-    shapes = [f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__ for x in args]
-    return "(" + ", ".join(shapes) + ")"
+def _describe(call: Call) -> str:
+    def shown(x: Any) -> str:
+        return f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+
+    return "(" + ", ".join([*map(shown, call.args), *(f"{name}={shown(x)}" for name, x in call.kwargs.items())]) + ")"
 
 
 def _first_line(error: Exception) -> str:

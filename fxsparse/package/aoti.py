@@ -18,6 +18,7 @@ from fxsparse.backend.inductor import options, with_memory
 from fxsparse.errors import InputError, PackageError
 from fxsparse.ir.files import as_path, replacing
 from fxsparse.ir.graph import clone
+from fxsparse.ir.inputs import Call
 
 
 def check_suffix(path: str | os.PathLike[str], where: str) -> None:
@@ -29,30 +30,32 @@ def check_suffix(path: str | os.PathLike[str], where: str) -> None:
 
 def compile_aoti(
     gm: fx.GraphModule,
-    args: tuple[Any, ...],
+    call: Call,
     path: str | os.PathLike[str],
     *,
     dynamic_batch: bool = False,
     metadata: dict[str, str] | None = None,
 ) -> None:
-    """Compile `gm`, called as gm(*args), into the package `path`, whole or not at all. An OSError passes through.
+    """Compile `gm` into the package `path`, whole or not at all. An OSError passes through.
 
-    dynamic_batch  for any size of dimension 0, and not only the one of `args`
+    dynamic_batch  for any size of dimension 0, and not only the one of `call`
     """
     import torch._inductor
 
     shapes = None
     if dynamic_batch:
-        args = pytree.tree_map(_two_or_more, args)
+        call = Call(*pytree.tree_map(_two_or_more, tuple(call)))
         batch = torch.export.Dim("batch", min=1)
         shapes = torch.export.ShapesCollection()
-        for x in pytree.tree_leaves(args):
+        for x in pytree.tree_leaves(tuple(call)):
             if isinstance(x, Tensor) and x.dim():
                 shapes[x] = {0: batch}
     # compiled in a folder of its own: the archive's folder gets the file's name
     with torch.no_grad(), replacing(path) as name, tempfile.TemporaryDirectory() as folder:
         name.touch()  # found out before the minutes of work rather than after
-        program = torch.export.export(with_memory(clone(gm)), args, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(
+            with_memory(clone(gm)), call.args, dict(call.kwargs), dynamic_shapes=shapes, strict=False
+        )
         configs = {**options(gm), "aot_inductor.metadata": metadata or {}}
         made = str(Path(folder) / "model.pt2")
         shutil.copyfile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from fxsparse.errors import PackageError
+from fxsparse.errors import InputError, PackageError
 from fxsparse.ir.inputs import LAYOUTS
 from fxsparse.ir.masks import Masks
 from fxsparse.package import container
@@ -30,6 +31,7 @@ class Saved:
     example        flattened inputs; after reading, zeros of the same shapes
     target         name of the target the user chose; lowered_by may be another one, where a dense build won
     layout         name of what is done to the inputs first (fxsparse.ir.inputs)
+    signature      of the model's forward: names for inputs, and defaults that are plain values
     native         an AOTInductor package for the example's shapes, None without; never run unless the user asks for it
     native_for     the machine that code was made for
     """
@@ -41,6 +43,7 @@ class Saved:
     layout: str
     dynamic_batch: bool
     report: Report
+    signature: inspect.Signature | None = None
     native: bytes | None = None
     native_for: Mapping[str, str] | None = None
 
@@ -52,6 +55,7 @@ def write(saved: Saved, path: str | os.PathLike[str], writer: str) -> None:
     content = {
         "graph": graph,
         "example": [_encode_input(x) for x in saved.example],
+        "signature": _encode_signature(saved.signature),
         "report": saved.report.to_dict(),
         "masks": {name: list(mask.shape) for name, mask in masks.items()},
         **{name: getattr(saved, name) for name in _PLAIN},
@@ -75,11 +79,12 @@ def read(path: str | os.PathLike[str], *, native: bool) -> Saved:
         report = Report.from_dict(content["report"], _masks(content["masks"], tensors))
         plain = {name: content[name] for name in _PLAIN}
         LAYOUTS[plain["layout"]]
+        signature = _decode_signature(content.get("signature"))
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         raise unreadable(f"{type(error).__name__}: {str(error)[:200]}") from None
     if len(example) != sum(node.op == "placeholder" for node in gm.graph.nodes):
         raise unreadable("another number of example inputs than the graph has")
-    return Saved(gm, example, report=report, native=_bytes(code) if native else None, **plain)
+    return Saved(gm, example, report=report, signature=signature, native=_bytes(code) if native else None, **plain)
 
 
 def _bytes(code: Tensor | None) -> bytes | None:
@@ -100,6 +105,33 @@ def _decode_input(x: Json) -> Any:
     back = sorted(range(len(order)), key=order.__getitem__)
     stored = torch.zeros([x["shape"][d] for d in order], dtype=decode(x["dtype"], []), device=x["device"])
     return stored.permute(back)
+
+
+def _encode_signature(signature: inspect.Signature | None) -> Json:
+    """[name, kind] of every parameter, and its default where there is one: [value], [] for what is no plain value."""
+    if signature is None:
+        return None
+    return [[p.name, p.kind.name, *_encode_default(p.default)] for p in signature.parameters.values()]
+
+
+def _encode_default(value: Any) -> list[Json]:
+    if value is inspect.Parameter.empty:
+        return []
+    try:
+        return [[encode(value, lambda node: 0)]]
+    except InputError:
+        return [[]]
+
+
+def _decode_signature(parameters: Json) -> inspect.Signature | None:
+    """A default that was no plain value is an object that equals nothing."""
+    if parameters is None:
+        return None
+    found = []
+    for name, kind, *default in parameters:
+        value = (decode(default[0][0], []) if default[0] else object()) if default else inspect.Parameter.empty
+        found.append(inspect.Parameter(name, getattr(inspect.Parameter, kind), default=value))
+    return inspect.Signature(found)
 
 
 def _masks(shapes: Mapping[str, Sequence[int]], tensors: Mapping[str, Tensor]) -> Masks | None:

@@ -1,0 +1,253 @@
+"""Inputs by name: `example_inputs` as a dict, calls in any mixture, and what is left when the model is gone."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxsparse
+from fxsparse import InputError, Masks, PackageError
+from fxsparse.ir.inputs import Call
+from fxsparse.ir.version import VERSION
+from fxsparse.package import container
+
+X, Y, GATE = (torch.randn(2, n, generator=torch.Generator().manual_seed(n)).double() for n in (5, 5, 8))
+
+
+class Gated(nn.Module):
+    """Every kind of parameter but those that take any number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(5, 8).double(), nn.Linear(8, 3).double()
+        self.eval()
+
+    def forward(self, x: Tensor, y: Tensor | None = None, gate: Tensor | None = None, *, scale: float = 1.0) -> Tensor:
+        hidden = torch.relu(self.a(x if y is None else x - y))
+        out: Tensor = self.b(hidden if gate is None else hidden * gate) * scale
+        return out
+
+
+class Anything(Gated):
+    """Names that only the call knows."""
+
+    def forward(self, **inputs: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(inputs["x"], inputs["y"])
+
+
+class Several(Gated):
+    """Any number by position, and one by name."""
+
+    def forward(self, *inputs: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(*inputs, gate=gate)
+
+
+def masks() -> dict[str, Tensor]:
+    alive = torch.arange(8) % 2 == 0
+    return {"a.weight": alive[:, None].expand(8, 5).clone(), "a.bias": alive}
+
+
+def build(model: nn.Module, example_inputs: Any, **options: Any) -> fxsparse.SparseModule:
+    options = {"target": "eager", "measure": False, **options}
+    return fxsparse.compile(model, masks(), example_inputs=example_inputs, **options)
+
+
+def exact(model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    Masks(masks()).apply_(model)
+    with torch.no_grad():
+        out: Tensor = model(*args, **kwargs)
+    return out
+
+
+def same(y: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
+
+
+CALLS: dict[str, Callable[[Any], Tensor]] = {
+    "by name": lambda f: f(x=X, y=Y),
+    "in another order": lambda f: f(y=Y, x=X),
+    "by position": lambda f: f(X, Y),
+    "in a mixture": lambda f: f(X, y=Y),
+    "with a default": lambda f: f(X, Y, None),
+    "with defaults by name": lambda f: f(gate=None, y=Y, scale=1.0, x=X),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("example", [{"y": Y, "x": X}, (X, Y), (X, Y, None), None], ids=str)
+def test_however_it_was_compiled_it_is_called_in_any_way(example: Any, call: Callable[[Any], Tensor]) -> None:
+    fast = build(Gated(), example)
+    same(call(fast), exact(Gated(), X, Y))
+    assert any(row.rows_removed == 4 for row in fast.report.rows)
+    same(call(fast), exact(Gated(), X, Y))  # the first call may have compiled it
+
+
+def test_what_comes_after_a_gap_keeps_its_name() -> None:
+    fast = build(Gated(), {"x": X, "gate": GATE})
+    assert (len(fast.example.args), [*fast.example.kwargs]) == (1, ["gate"])
+    for batch in (2, 1, 5):
+        x, gate = X[:1].expand(batch, 5), GATE[:1].expand(batch, 8)
+        same(fast(x, gate=gate), exact(Gated(), x, None, gate))
+        same(fast(x, None, gate), exact(Gated(), x, None, gate))
+
+
+def test_a_constant_by_name_is_part_of_the_function() -> None:
+    fast = build(Gated(), {"x": X, "scale": -2.0})
+    same(fast(X, scale=-2.0), exact(Gated(), X, scale=-2.0))
+    for wrong in ({}, {"scale": 2.0}):
+        with pytest.raises(InputError, match="input of a SparseModule"):
+            fast(X, **wrong)
+
+
+def test_names_that_only_the_call_knows() -> None:
+    """Of one batch size: torch.export's own check of sizes fails where they come in **inputs."""
+    fast = build(Anything(), {"x": X, "y": Y}, dynamic_batch=False)
+    same(fast(y=Y, x=X), exact(Gated(), X, Y))
+    with pytest.raises(InputError, match="expected x, y; got gate, x"):
+        fast(x=X, gate=GATE)
+
+
+def test_any_number_by_position_and_one_by_name() -> None:
+    fast = build(Several(), None)
+    same(fast(X, Y, gate=GATE), exact(Gated(), X, Y, GATE))
+    same(fast(X[:1], Y[:1], gate=GATE[:1]), exact(Gated(), X[:1], Y[:1], GATE[:1]))
+    with pytest.raises(InputError, match="expected input 1, input 2, gate; got input 1, gate"):
+        fast(X, gate=GATE)
+
+
+@pytest.mark.parametrize(
+    ("call", "got"),
+    [
+        (lambda f: f(X), "got x."),
+        (lambda f: f(X, gate=Y), "got x, gate."),
+        (lambda f: f(X, Y, GATE), "got x, y, gate."),
+        (lambda f: f(X, z=Y), "got got an unexpected keyword argument 'z'."),
+        (lambda f: f(X, x=X), "got multiple values for argument 'x'."),
+        (lambda f: f(), "got missing a required argument: 'x'."),
+        (lambda f: f(X, y=None), "got x."),
+    ],
+)
+def test_other_inputs_are_refused_by_their_names(call: Callable[[Any], Tensor], got: str) -> None:
+    fast = build(Gated(), {"x": X, "y": Y})
+    with pytest.raises(InputError, match="input of a SparseModule: expected x, y; got") as caught:
+        call(fast)
+    assert got in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        ({"x": X, "z": Y}, "the model raises TypeError: .*unexpected keyword argument 'z'"),
+        (
+            {"x": X, 1: Y},
+            "example_inputs: expected a tuple of positional inputs, or a dict of inputs by name; got a dict",
+        ),
+        ({"scale": 1.0}, "example_inputs: expected at least one tensor; got none"),
+        ({"y": Y}, "missing 1 required positional argument: 'x'"),
+        (5, "example_inputs: expected a tuple of positional inputs, or a dict of inputs by name; got int"),
+    ],
+)
+def test_example_inputs_that_do_not_fit(example: Any, message: str) -> None:
+    for run in (lambda: build(Gated(), example), lambda: fxsparse.plan(Gated(), masks(), example)):
+        with pytest.raises(InputError, match=message):
+            run()
+
+
+def test_a_dry_run_takes_names_too() -> None:
+    report = fxsparse.plan(Gated(), masks(), {"y": Y, "x": X})
+    assert [row.rows_removed for row in report.rows] == [4, 0]
+
+
+def test_names_and_defaults_are_saved(tmp_path: Path) -> None:
+    build(Gated(), {"x": X, "y": Y}).save(path := tmp_path / "gated.fxsparse")
+    loaded = fxsparse.load(path)
+    for call in CALLS.values():
+        same(call(loaded), exact(Gated(), X, Y))
+    with pytest.raises(InputError, match="expected x, y; got x"):
+        loaded(X)
+    loaded.save(again := tmp_path / "again.fxsparse")
+    assert container.read(again)[0] == container.read(path)[0]
+
+
+NO_PLAIN_VALUE = object()
+
+
+class OddDefault(Gated):
+    def forward(self, x: Tensor, device: Any = NO_PLAIN_VALUE, y: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(x, y)
+
+
+def test_a_default_that_is_no_plain_value_is_still_one(tmp_path: Path) -> None:
+    build(OddDefault(), {"x": X, "y": Y}).save(path := tmp_path / "odd.fxsparse")
+    same(fxsparse.load(path)(X, y=Y), exact(Gated(), X, Y))
+
+
+@pytest.mark.parametrize(
+    "signature",
+    [
+        5, "x", [["x"]], [["x", "IMPORT"]], [["x", "empty"]], [["1x", "KEYWORD_ONLY"]], [[[], "KEYWORD_ONLY"]],
+        [["x", "KEYWORD_ONLY"], ["y", "POSITIONAL_ONLY"]], [["x", "KEYWORD_ONLY", [{"import": "os"}]]],
+    ],
+)  # fmt: skip
+def test_a_signature_that_is_none_is_refused(tmp_path: Path, signature: Any) -> None:
+    build(Gated(), {"x": X}).save(path := tmp_path / "gated.fxsparse")
+    content, tensors, _ = container.read(path)
+    container.write(path, {**content, "signature": signature}, tensors, VERSION)
+    with pytest.raises(PackageError):
+        fxsparse.load(path)
+
+
+def test_onnx_and_aotinductor_keep_the_names(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    fast = fxsparse.compile(
+        Gated().float(), masks(), "eager", example_inputs={"gate": GATE.float(), "x": X.float()}, measure=False
+    )
+    fxsparse.export_onnx(fast, path := tmp_path / "gated.onnx")
+    assert [given.name for given in onnx.load(path).graph.input] == ["x", "gate"]
+    fast.save_aoti(package := tmp_path / "gated.pt2")
+    run = torch._inductor.aoti_load_package(str(package))
+    torch.testing.assert_close(run(X.float(), gate=GATE.float()), fast(X.float(), gate=GATE.float()))
+
+
+def test_a_bert_is_called_as_its_users_call_it() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    model = transformers.BertForSequenceClassification(config).double().eval()
+    hidden = "bert.encoder.layer.0.intermediate.dense"
+    alive = torch.arange(32) % 2 == 0
+    halved = {f"{hidden}.weight": alive[:, None].expand(32, 16), f"{hidden}.bias": alive}
+    batch = {"input_ids": torch.randint(50, (2, 7)), "attention_mask": torch.ones(2, 7, dtype=torch.int64)}
+    batch["attention_mask"][0, 4:] = 0
+    fast = fxsparse.compile(model, halved, "eager", example_inputs=transformers.BatchEncoding(batch), measure=False)
+    Masks(halved).apply_(model)
+    with torch.no_grad():
+        same(fast(**batch).logits, model(**batch).logits)
+        same(fast(batch["input_ids"], batch["attention_mask"]).logits, model(**batch).logits)
+    assert any(row.rows_removed == 16 for row in fast.report.rows)
+
+
+def test_a_call_has_one_canonical_form() -> None:
+    signature = inspect.signature(Gated().forward)
+    wanted = Call((1, 2), {})
+    for call in (
+        Call((1, 2), {}),
+        Call((1,), {"y": 2}),
+        Call((1, 2, None), {"scale": 1.0}),
+        Call((), {"y": 2, "x": 1}),
+    ):
+        assert call.canonical(signature) == wanted
+    assert Call((1, None, 3), {"scale": 2}).canonical(signature) == Call((1,), {"gate": 3, "scale": 2})
+    assert Call((1,), {"scale": 1}).canonical(signature).kwargs == {"scale": 1}  # an int, where the default is a float
+    with pytest.raises(TypeError):
+        Call((), {"z": 1}).canonical(signature)
