@@ -130,8 +130,8 @@ def compile(
 
     masks           Masks, a dict by parameter name (bool, uint8 or float 0/1), a path of anything that `fxsparse.read`
                     reads, or None: then zeros in the weights and torch.nn.utils.prune masks are found
-    target          "inductor" (default), "inductor_cpp" (its calls in C++), "eager", "onnx" (ONNX Runtime, CPU) or
-                    "tensorrt"
+    target          "inductor" (default), "auto" (Inductor or ONNX Runtime, whichever is measured faster here),
+                    "inductor_cpp" (its calls in C++), "eager", "onnx" (ONNX Runtime, CPU) or "tensorrt"
     example_inputs  a tuple of positional inputs, or a dict of inputs by name, with the batch in dimension 0; None:
                     compile at the first call
     dynamic_batch   accept any batch size
@@ -245,7 +245,8 @@ def _rewrite(captured: Captured, options: Options) -> _Rewritten:
     if times_layers:
         _time_again(gm, layers, times)
     rows = rows_of(gm, layers, ctx, plan)
-    shrunk = clone(gm) if options.target.standard_operators and options.formats == "auto" else None
+    whole = options.target.standard_operators or options.target.runners  # models are timed with formats and without
+    shrunk = clone(gm) if whole and options.formats == "auto" else None
     stored = run_passes(gm, STORAGE, ctx, after_each)
     times.save()
     chose = any(d.step == "choose_formats" for d in stored.accepted)

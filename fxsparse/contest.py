@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxsparse.backend import TARGETS, Target
+from fxsparse.backend import TARGETS, Target, find_target
 from fxsparse.backend.target import Runnable
-from fxsparse.errors import first_line
+from fxsparse.errors import TargetError, first_line
 from fxsparse.ir.decision import Decision
-from fxsparse.ir.graph import clone, get_tensor, set_tensor
+from fxsparse.ir.graph import clone, get_tensor, is_ours, set_tensor
 from fxsparse.ir.inputs import Prepare, as_is, channels_last, inputs_channels_last
 from fxsparse.measure import Runs, interleave, play_off
 from fxsparse.report import Timing
@@ -79,22 +79,22 @@ def contest(
     also      other rewritten graphs that compete, by what tells them apart; only with `measure`
     any_size  make code for any size at once, and compare that: the sizes of `inputs` will hardly come again
     """
-    log.info("lower (%s)", target.name)
-
-    def build(name: str, gm: fx.GraphModule) -> _Build:
-        run = target.lower_dynamic(gm) if any_size else target.lower(gm, inputs)
-        return _Build(name, gm, run, as_is, target)
-
-    own = [build(f"sparse: {target.name}", sparse)]
+    runners, decisions = _runners(target, any_size)
     if not measure:
-        return Contest(
-            sparse, own[0].run, own[0].prepare, target, "sparse", sparse, any_size, decisions=_decisions(own[0])
-        )
-    own += [build(f"sparse: {target.name}, {label}", gm) for label, gm in (also or {}).items()]
+        (own,) = _own_builds(runners[0], {"": sparse}, inputs, any_size)
+        return Contest(sparse, own.run, as_is, own.target, "sparse", sparse, any_size, decisions=_decisions(own))
+    own_builds = []
+    for runner in runners:
+        try:
+            own_builds += _own_builds(runner, {"": sparse, **(also or {})}, inputs, any_size)
+        except TargetError as error:
+            if runner is runners[0]:
+                raise
+            decisions.append(_left_out(runner.name, error.got))
     rivals = dense_builds(dense, inputs, target, any_size)
-    ours, best, runs = _fastest(own, rivals, inputs)
+    ours, best, runs = _fastest(own_builds, rivals, inputs)
     timed = runs.ms
-    if not any_size and (refined := _refined(ours, [b for b in rivals if b.target is target], runs, inputs)):
+    if not any_size and (refined := _refined(ours, [b for b in rivals if b.target is ours.target], runs, inputs)):
         ours, best, runs = _fastest([ours, refined[0]], [best, refined[1]], inputs)
         timed = {**timed, **runs.ms}
     runs = _settled(runs, best, ours, inputs)
@@ -103,9 +103,44 @@ def contest(
     won = ours if faster else best
     return Contest(
         won.gm, won.run, won.prepare, won.target, "sparse" if faster else "dense", ours.gm, any_size,
-        timings(Runs(timed)), _decisions(ours), runs.median(best.name), runs.median(ours.name),
+        timings(Runs(timed)), (*decisions, *_decisions(ours)), runs.median(best.name), runs.median(ours.name),
         (ratios[len(ratios) // 5], ratios[len(ratios) * 4 // 5]),
     )  # fmt: skip
+
+
+def _runners(target: Target, any_size: bool) -> tuple[list[Target], list[Decision]]:
+    """What is to run the graphs: `target`, or those it stands for and that can, and why others cannot."""
+    found, decisions = [], []
+    for name in target.runners or (target.name,):
+        try:
+            runner = find_target(name)
+        except TargetError as error:
+            decisions.append(_left_out(name, error.got))
+            continue
+        if any_size and runner.standard_operators:
+            decisions.append(_left_out(name, "other sizes than the batch are open"))
+        else:
+            found.append(runner)
+    return found, decisions
+
+
+def _left_out(name: str, why: str) -> Decision:
+    return Decision("contest", f"target {name!r}", "run the model", why, False)
+
+
+def _own_builds(
+    runner: Target, every: Mapping[str, fx.GraphModule], inputs: Sequence[Any], any_size: bool
+) -> list[_Build]:
+    """The first graph on `runner`. Where that runs standard operators alone, all of them, but none that is packed."""
+    graphs = dict(list(every.items())[:1])
+    if runner.standard_operators:
+        graphs = {label: gm for label, gm in every.items() if not any(map(is_ours, gm.graph.nodes))} or graphs
+    log.info("lower (%s)", runner.name)
+    builds = []
+    for label, gm in graphs.items():
+        run = runner.lower_dynamic(gm) if any_size else runner.lower(gm, inputs)
+        builds.append(_Build(f"sparse: {runner.name}{label and f', {label}'}", gm, run, as_is, runner))
+    return builds
 
 
 def _fastest(own: Sequence[_Build], rivals: Sequence[_Build], inputs: Sequence[Any]) -> tuple[_Build, _Build, Runs]:
@@ -150,7 +185,8 @@ def _lowered_by(target: Target, build: _Build, inputs: Sequence[Any]) -> _Build:
 
 def dense_builds(dense: fx.GraphModule, inputs: Sequence[Any], target: Target, any_size: bool = False) -> list[_Build]:
     """The masked model, not rewritten: on the target and its rivals, contiguous and channels_last."""
-    targets = [TARGETS[name] for name in target.rivals if name != target.name] + [target]
+    runners = _runners(target, any_size)[0]
+    targets = [TARGETS[name] for name in target.rivals if TARGETS[name] not in runners] + runners
     formats: list[tuple[str, fx.GraphModule, Prepare]] = [("contiguous", dense, as_is)]
     if any(n.op == "get_attr" and get_tensor(dense, str(n.target)).dim() == 4 for n in dense.graph.nodes):
         formats.append(("channels_last", _channels_last(dense), inputs_channels_last))
@@ -160,10 +196,15 @@ def dense_builds(dense: fx.GraphModule, inputs: Sequence[Any], target: Target, a
             if name not in t.memory_formats:
                 continue
             log.info("lower dense (%s, %s)", t.name, name)
-            if any_size:  # the inputs' memory format is part of the graph's shapes
-                builds.append(_Build(f"{t.name}, {name}", gm, t.lower_dynamic(gm), as_is, t))
-            else:
-                builds.append(_Build(f"{t.name}, {name}", gm, t.lower_dense(gm, prepare(inputs)), prepare, t))
+            try:
+                if any_size:  # the inputs' memory format is part of the graph's shapes
+                    builds.append(_Build(f"{t.name}, {name}", gm, t.lower_dynamic(gm), as_is, t))
+                else:
+                    builds.append(_Build(f"{t.name}, {name}", gm, t.lower_dense(gm, prepare(inputs)), prepare, t))
+            except TargetError:  # the rewritten graph has met it before, and that is in the report
+                if t in runners[1:]:
+                    continue
+                raise
     return builds
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from fxsparse.backend import Target, find_target
+from fxsparse.backend import Target, find_target, for_all_sizes
 from fxsparse.backend.target import Runnable
 from fxsparse.ir.inputs import LAYOUTS, device_of
 from fxsparse.ir.shapes import propagate
@@ -37,14 +37,15 @@ def load(path: str | os.PathLike[str], *, target: str | None = None, native: boo
     TargetError for a target that cannot run.
     """
     saved = read(path, native=native)
-    any_target = find_target(target or saved.target)
-    own = any_target if target else find_target(saved.lowered_by)
+    chosen = find_target(target or saved.target)
+    own = chosen if target else find_target(saved.lowered_by)
+    any_target = for_all_sizes(chosen, own)
     prepare = LAYOUTS[saved.layout]
     inputs, signature = prepare(saved.example), saved.gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
     run = (native and _native(saved)) or _Lazily(lambda: own.lower(_shaped(saved, own), inputs), f"lower ({own.name})")
     what = f"lower ({any_target.name}, any batch size)"
     return SparseModule.of(Build(
-        saved.gm, saved.example, signature.in_spec, signature.out_spec, any_target, run, saved.report,
+        saved.gm, saved.example, signature.in_spec, signature.out_spec, chosen, run, saved.report,
         saved.dynamic_batch, prepare, _Lazily(lambda: any_target.lower_dynamic(_shaped(saved, any_target)), what), own,
         saved.signature,
     ))  # fmt: skip

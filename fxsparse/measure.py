@@ -244,12 +244,17 @@ def _linear(x: Tensor, w: Tensor) -> Callable[[], object]:
     return min((call for call in calls if call is not None), key=lambda call: min(_time_ms(call) for _ in range(4)))
 
 
+def _onednn_packs(x: Tensor) -> bool:
+    """Whether oneDNN packs weights for inputs like `x` on this processor: in bfloat16 not every one has the vectors."""
+    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    supported = x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return x.dtype == torch.float32 or bool(supported)
+
+
 def onednn_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Callable[[], object] | None:
     """OneDNN with packed weights, as Inductor calls it; None where oneDNN has no such kernel."""
-    usable = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and x.numel()
-    if not usable or not torch.backends.mkldnn.is_available():
-        return None
-    if x.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not _onednn_packs(x) or not x.numel():
         return None
     with torch.no_grad():
         packed = torch.ops.mkldnn._reorder_linear_weight(w, x.numel() // x.shape[-1])
@@ -284,8 +289,7 @@ def onednn_convolution(x: Tensor, w: Tensor, settings: list[Any], groups: int) -
 
     settings  stride, padding, dilation
     """
-    usable = x.device.type == "cpu" and x.dim() == 4 and x.dtype in (torch.float32, torch.bfloat16)
-    if not usable or isinstance(settings[1], str) or not torch.backends.mkldnn.is_available():
+    if not _onednn_packs(x) or x.dim() != 4 or isinstance(settings[1], str):
         return None
     stride, padding, dilation = map(pair, settings)
     x = x.to(memory_format=torch.channels_last)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxsparse.backend import Target, find_target
+from fxsparse.backend import Target, find_target, for_all_sizes
 from fxsparse.backend.inductor import Inductor
 from fxsparse.backend.target import COMPILING, Runnable
 from fxsparse.errors import InputError
@@ -231,8 +231,9 @@ def _any_batch(build: Build, inputs: Sequence[Any]) -> Runnable:
         return functools.partial(_empty, build)
     with COMPILING:
         if build.any_batch is None:
-            log.info("lower (%s, any batch size)", build.target.name)
-            build.any_batch = build.target.lower_dynamic(build.gm)
+            target = for_all_sizes(build.target, build.lowered_by)
+            log.info("lower (%s, any batch size)", target.name)
+            build.any_batch = target.lower_dynamic(build.gm)
     return build.any_batch
 
 

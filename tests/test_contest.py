@@ -1,21 +1,23 @@
-"""A second lowering of what won: tried where it is worthwhile, with the rewritten and the dense graph alike."""
+"""Who competes, what target="auto" stands for, and who is lowered a second time."""
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 import fxsparse
 from fxsparse.backend import TARGETS
 from fxsparse.backend.eager import Eager
 from fxsparse.backend.inductor_cpp import FEWEST_CALLS, MOST_OURS, InductorCpp
 from fxsparse.backend.target import Runnable
+from fxsparse.deploy.onnx_runtime import OnnxSession
 from fxsparse.ir.capture import capture
 from fxsparse.measure import Runs
 from tests.test_compile import Net, agree, images, masks_of, zeroed
@@ -174,3 +176,97 @@ def test_the_same_function_with_calls_in_cpp(dtype: torch.dtype, tmp_path: Path)
         for batch in (2, 5):
             other = torch.randn(batch, 3, 8, 8, dtype=dtype)
             torch.testing.assert_close(module(other), eager(other), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+# target="auto"
+
+
+def auto(
+    monkeypatch: pytest.MonkeyPatch, ms: Mapping[str, float], model: nn.Module, x: Tensor
+) -> fxsparse.SparseModule:
+    """Compiled for "auto", with the milliseconds of the first name that a build's contains."""
+
+    def play_off(ours: Mapping[str, Callable[[], object]], rivals: Mapping[str, Callable[[], object]]) -> Runs:
+        return Runs({name: [next(t for part, t in ms.items() if part in name)] * 6 for name in [*ours, *rivals]})
+
+    monkeypatch.setattr("fxsparse.contest.play_off", play_off)
+    return fxsparse.compile(model, masks_of(model), "auto", example_inputs=x)
+
+
+ONNX_WINS = {"sparse: onnx": 1.0, "sparse": 2.0, "onnx": 3.0, "": 4.0}
+
+
+def test_auto_takes_what_is_fastest_for_any_batch_and_after_loading(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = Net()
+    fast = auto(monkeypatch, ONNX_WINS, model, images())
+    report = fast.report
+    assert (report.target, report.chosen, report.sparse_ms, report.dense_ms) == ("auto", "sparse", 1.0, 3.0)
+    assert {"sparse: inductor", "sparse: onnx", "onnx, contiguous", "inductor, channels_last"} <= {
+        t.build for t in report.timings
+    }
+    fast.save(path := tmp_path / "auto.fxsparse")
+    for module in (fast, fxsparse.load(path)):
+        for batch in (2, 1, 5):
+            x = images(batch)
+            agree(module(x), zeroed(model, masks_of(model))(x))
+        build = module._built("test")
+        assert build.lowered_by is not None
+        assert (build.target.name, build.lowered_by.name) == ("auto", "onnx")
+    assert isinstance(fast._built("test").any_batch, OnnxSession)
+
+
+def test_auto_may_end_in_a_dense_onnx_build(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, x = Net(), images()
+    fast = auto(monkeypatch, {"sparse": 3.0, "onnx": 1.0, "": 4.0}, model, x)
+    assert (fast.report.chosen, fast.report.dense_ms) == ("dense", 1.0)
+    agree(fast(x), zeroed(model, masks_of(model))(x))
+
+
+def test_packed_layers_compete_with_dense_ones_in_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr("fxsparse.passes.choose_formats.FASTER", 1e9)  # every layer that can be is packed
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    mask[:32, :16] = mask[32:, 40:60] = True
+    x = torch.randn(3, 64)
+    monkeypatch.setattr(sys.modules[__name__], "masks_of", lambda model: {"0.weight": mask})
+    wins = {"sparse: inductor": 1.0, **ONNX_WINS}
+    for ms, stored in ((wins, "shuffled_block"), (ONNX_WINS, "dense")):
+        fast = auto(monkeypatch, ms, model, x)
+        assert {"sparse: inductor", "sparse: onnx, dense weights"} <= {t.build for t in fast.report.timings}
+        assert fast.report.rows[0].stored == stored
+        agree(fast(x), zeroed(model, {"0.weight": mask})(x))
+
+
+@pytest.mark.parametrize("missing", [True, False])
+def test_what_onnx_cannot_run_is_left_to_inductor_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch, missing: bool
+) -> None:
+    if missing:
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    else:
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    model, x = Net(), images()
+    if not missing:  # no kernels for it there
+        model, x = model.bfloat16(), x.bfloat16()
+    fast = auto(monkeypatch, ONNX_WINS, model, x)
+    (why,) = [d for d in fast.report.decisions if d.step == "contest"]
+    assert not why.accepted
+    assert ("onnxruntime" if missing else "NotImplemented") in why.why
+    assert fast.report.chosen == "sparse"
+    assert not any("onnx" in t.build for t in fast.report.timings)
+
+
+def test_unmeasured_auto_is_inductor() -> None:
+    fast = fxsparse.compile(Net(), masks_of(Net()), "auto", example_inputs=images(), measure=False)
+    lowered_by = fast._built("test").lowered_by
+    assert lowered_by is not None
+    assert lowered_by.name == "inductor"

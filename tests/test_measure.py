@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 
 from fxsparse import measure
 from fxsparse.measure import Runs, play_off
@@ -37,6 +38,16 @@ def test_a_rival_that_is_far_behind_is_not_timed_to_the_end(clock: dict[str, lis
 def test_a_rival_that_was_dropped_cannot_win_with_its_few_rounds() -> None:
     runs = Runs({"ours": [1.0] * 6, "dropped": [1.0] * 3, "best": [2.0] * 6})
     assert runs.fastest(["dropped", "best"]) == "best"
+
+
+def test_bfloat16_without_its_vectors_is_not_timed_in_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There oneDNN raises where it is to pack a convolution's weight."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    x, w = torch.ones(1, 4, 5, 5), torch.ones(8, 4, 3, 3)
+    for dtype, packs in ((torch.bfloat16, False), (torch.float32, True), (torch.float64, False)):
+        convolution = measure.onednn_convolution(x.to(dtype), w.to(dtype), [[1, 1], [0, 0], [1, 1]], 1)
+        linear = measure.onednn_linear(x.to(dtype), torch.ones(8, 5, dtype=dtype))
+        assert [convolution is not None, linear is not None] == [packs, packs]
 
 
 def test_builds_take_turns_and_none_always_follows_the_same_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,7 @@ def run_suite(arguments: argparse.Namespace) -> int:
     """Each case in a process of its own: threads and caches are its own too. What the file has is not run again."""
     failed = 0
     had = _rows_in(arguments.out) if arguments.out and arguments.out.exists() else []
-    wanted = [{**case, "dtype": arguments.dtype} for case in SUITES[arguments.suite]]
+    wanted = [{**case, "dtype": arguments.dtype, "target": arguments.target} for case in SUITES[arguments.suite]]
     cases = [case for case in wanted if not any(case.items() <= row.items() for row in had)]
     for i, case in enumerate(cases):
         print(f"[{i + 1}/{len(cases)}] {case}", file=sys.stderr, flush=True)
@@ -224,8 +224,8 @@ def _slim(model: nn.Module, report: fxsparse.Report, inputs: Inputs, target: str
     except fxsparse.FxSparseError as error:  # widths that a plain module cannot have
         print(f"no natively slim model: {error}", file=sys.stderr)
         return {}
-    builds = dense_builds(slim, inputs, find_target(target))
-    return {f"slim: {b.name}": _call(b.run, b.prepare(inputs)) for b in builds if b.name.startswith(target)}
+    builds, runners = dense_builds(slim, inputs, find_target(target)), find_target(target).runners or (target,)
+    return {f"slim: {b.name}": _call(b.run, b.prepare(inputs)) for b in builds if b.target.name in runners}
 
 
 def _onnxruntime(model: nn.Module, masks: fxsparse.Masks, inputs: Inputs) -> dict[str, Callable[[], object]]:
@@ -410,6 +410,7 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "sparsity": lambda r: f"{r['sparsity']:.0%}",
     "batch": lambda r: str(r["batch"]),
     "threads": lambda r: str(r["threads"]),
+    "target": lambda r: str(r["target"]),
     "weights gone": lambda r: f"{1 - r['params_after'] / r['params_before']:.0%}",
     "MAC ratio": lambda r: f"{r['mac_ratio']:.2f}",
     "best dense ms": lambda r: f"{r['dense_ms']:.1f}",

@@ -8,7 +8,7 @@ import pkgutil
 from fxsparse.backend.target import Target
 from fxsparse.errors import TargetError, near
 
-__all__ = ["TARGETS", "Target", "find_target"]
+__all__ = ["TARGETS", "Target", "find_target", "for_all_sizes"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -19,6 +19,11 @@ def _kinds(kind: type[Target]) -> list[type[Target]]:
 
 
 TARGETS: dict[str, Target] = {kind.name: kind() for kind in _kinds(Target)}
+
+
+def for_all_sizes(chosen: Target, lowered_by: Target | None) -> Target:
+    """What runs other sizes than the example's: the user's target, or what won where that serves all of them."""
+    return lowered_by if lowered_by is not None and lowered_by.one_for_all_sizes else chosen
 
 
 def find_target(name: str) -> Target:

@@ -23,6 +23,7 @@ class Onnx(Target):
     standard_operators = True
     memory_formats = ("contiguous",)
     rivals = ()
+    one_for_all_sizes = True
 
     def __init__(self) -> None:
         self.sessions: weakref.WeakKeyDictionary[fx.GraphModule, OnnxSession] = weakref.WeakKeyDictionary()

@@ -24,6 +24,8 @@ class Target:
     standard_operators: bool = False
     memory_formats: tuple[str, ...] = ("contiguous", "channels_last")  # that make a difference to it
     rivals: tuple[str, ...] = ("eager",)  # targets whose dense builds compete too
+    runners: tuple[str, ...] = ()  # targets that do the work where it is none itself; the first always can
+    one_for_all_sizes = False  # what it lowered runs any batch size, as fast
     refines: str = ""  # a target: what it lowered and won with is tried on this one too, where that is `worthwhile`
 
     def formats(self, device: torch.device) -> tuple[str, ...]:

@@ -1,0 +1,15 @@
+"""Whatever of the targets on this machine is measured to run the result fastest."""
+
+from __future__ import annotations
+
+from fxsparse.backend.inductor import Inductor
+
+
+class Auto(Inductor):
+    """Inductor and, where it is installed, ONNX Runtime, whose kernels for small layers are faster on some CPUs.
+
+    Without measuring, Inductor. On a GPU there is only Inductor.
+    """
+
+    name = "auto"
+    runners = ("inductor", "onnx")
