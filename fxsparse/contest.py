@@ -83,16 +83,9 @@ def contest(
     if not measure:
         (own,) = _own_builds(runners[0], {"": sparse}, inputs, any_size)
         return Contest(sparse, own.run, as_is, own.target, "sparse", sparse, any_size, decisions=_decisions(own))
-    own_builds = []
-    for runner in runners:
-        try:
-            own_builds += _own_builds(runner, {"": sparse, **(also or {})}, inputs, any_size)
-        except TargetError as error:
-            if runner is runners[0]:
-                raise
-            decisions.append(_left_out(runner.name, error.got))
+    competing, refused = _competing(runners, {"": sparse, **(also or {})}, inputs, any_size)
     rivals = dense_builds(dense, inputs, target, any_size)
-    ours, best, runs = _fastest(own_builds, rivals, inputs)
+    ours, best, runs = _fastest(competing, rivals, inputs)
     timed = runs.ms
     if not any_size and (refined := _refined(ours, [b for b in rivals if b.target is ours.target], runs, inputs)):
         ours, best, runs = _fastest([ours, refined[0]], [best, refined[1]], inputs)
@@ -101,9 +94,10 @@ def contest(
     ratios, timed = runs.ratios(best.name, ours.name), {**timed, **runs.ms}
     faster = ratios[len(ratios) // 2] >= 1.0
     won = ours if faster else best
+    decisions += [*refused, *_ran(target, won), *_decisions(ours)]
     return Contest(
         won.gm, won.run, won.prepare, won.target, "sparse" if faster else "dense", ours.gm, any_size,
-        timings(Runs(timed)), (*decisions, *_decisions(ours)), runs.median(best.name), runs.median(ours.name),
+        timings(Runs(timed)), tuple(decisions), runs.median(best.name), runs.median(ours.name),
         (ratios[len(ratios) // 5], ratios[len(ratios) * 4 // 5]),
     )  # fmt: skip
 
@@ -117,7 +111,7 @@ def _runners(target: Target, any_size: bool) -> tuple[list[Target], list[Decisio
         except TargetError as error:
             decisions.append(_left_out(name, error.got))
             continue
-        if any_size and runner.standard_operators:
+        if any_size and runner.standard_operators and runner is not target:
             decisions.append(_left_out(name, "other sizes than the batch are open"))
         else:
             found.append(runner)
@@ -126,6 +120,27 @@ def _runners(target: Target, any_size: bool) -> tuple[list[Target], list[Decisio
 
 def _left_out(name: str, why: str) -> Decision:
     return Decision("contest", f"target {name!r}", "run the model", why, False)
+
+
+def _ran(target: Target, won: _Build) -> list[Decision]:
+    what, why = f"run it on {won.target.name!r}", f"{won.name} was measured fastest"
+    return [Decision("contest", f"target {target.name!r}", what, why)] if target.runners else []
+
+
+def _competing(
+    runners: Sequence[Target], every: Mapping[str, fx.GraphModule], inputs: Sequence[Any], any_size: bool
+) -> tuple[list[_Build], list[Decision]]:
+    """The rewritten graphs on every runner, and why some cannot have them. Raises TargetError when it is the first."""
+    builds: list[_Build] = []
+    refused = []
+    for runner in runners:
+        try:
+            builds += _own_builds(runner, every, inputs, any_size)
+        except TargetError as error:
+            if runner is runners[0]:
+                raise
+            refused.append(_left_out(runner.name, error.got))
+    return builds, refused
 
 
 def _own_builds(

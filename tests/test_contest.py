@@ -208,6 +208,8 @@ def test_auto_takes_what_is_fastest_for_any_batch_and_after_loading(
     assert {"sparse: inductor", "sparse: onnx", "onnx, contiguous", "inductor, channels_last"} <= {
         t.build for t in report.timings
     }
+    (ran,) = [d for d in report.decisions if d.step == "contest"]
+    assert str(ran) == "contest: target 'auto': run it on 'onnx' (sparse: onnx was measured fastest)"
     fast.save(path := tmp_path / "auto.fxsparse")
     for module in (fast, fxsparse.load(path)):
         for batch in (2, 1, 5):
@@ -258,8 +260,8 @@ def test_what_onnx_cannot_run_is_left_to_inductor_with_the_reason(
     if not missing:  # no kernels for it there
         model, x = model.bfloat16(), x.bfloat16()
     fast = auto(monkeypatch, ONNX_WINS, model, x)
-    (why,) = [d for d in fast.report.decisions if d.step == "contest"]
-    assert not why.accepted
+    why, ran = [d for d in fast.report.decisions if d.step == "contest"]
+    assert (why.accepted, ran.accepted, ran.what) == (False, True, "run it on 'inductor'")
     assert ("onnxruntime" if missing else "NotImplemented") in why.why
     assert fast.report.chosen == "sparse"
     assert not any("onnx" in t.build for t in fast.report.timings)

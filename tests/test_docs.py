@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,7 +71,11 @@ def test_the_matrix_names_every_case_that_is_slower_than_dense() -> None:
 
 def test_a_suite_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, started = tmp_path / "rows.jsonl", []
-    had = [{**case, "dtype": dtype} for case, dtype in ((bench.MATRIX[0], "float32"), (bench.MATRIX[1], "bfloat16"))]
+    others: list[dict[str, Any]] = [{}, {"dtype": "bfloat16"}, {"target": "auto"}]
+    had = [
+        {**case, "dtype": "float32", "target": "inductor", **other}
+        for case, other in zip(bench.MATRIX, others, strict=False)
+    ]
     out.write_text("".join(json.dumps(row) + "\n" for row in had))
 
     def start(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:

@@ -158,6 +158,15 @@ def test_the_contest_and_inductor_serve_this_entrance_too() -> None:
     assert report.verification.startswith("largest |difference|")
 
 
+def test_auto_serves_this_entrance_too() -> None:
+    model, masks = Net(), half(Net(), "a")
+    ours = Compiled(model, masks, target="auto", measure=True)
+    for x in (X, X[:1], X):
+        agree(ours(x), exact(model, masks, x))
+    assert ours.reports[0].target == "auto"
+    assert [d.what for d in ours.reports[0].decisions if d.step == "contest" and d.accepted]
+
+
 def test_a_pass_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     apply = shrink_channels.apply
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 import fxsparse
 import models
 from fxsparse import Masks
+from fxsparse.ir.capture import _export as export
+from fxsparse.ir.inputs import Call
 from tools.recipes import RECIPES, coupled_channels, randomize_batch_norm
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -40,6 +42,22 @@ def model_of(name: str) -> nn.Module:
         )  # fmt: skip
     randomize_batch_norm(model, 1)
     return model.double()
+
+
+@lru_cache(maxsize=2)  # both sizes of a model
+def program(model: nn.Module, image: torch.Size) -> torch.export.ExportedProgram:
+    return export(model, Call((torch.randn(2, *image, dtype=torch.float64),), {}), dynamic_batch=True)
+
+
+@pytest.fixture(autouse=True)
+def each_model_is_exported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes more than half of the time, and masks come after it."""
+
+    def exported(model: nn.Module, call: Call, dynamic_batch: bool) -> torch.export.ExportedProgram:
+        assert dynamic_batch
+        return program(model, call.args[0].shape[1:])
+
+    monkeypatch.setattr("fxsparse.ir.capture._export", exported)
 
 
 def masked(model: nn.Module, masks: Masks) -> nn.Module:

@@ -237,6 +237,18 @@ def test_a_bert_is_called_as_its_users_call_it() -> None:
     assert any(row.rows_removed == 16 for row in fast.report.rows)
 
 
+class ByPlace(Gated):
+    def forward(self, x: Tensor, y: Tensor | None = None, gate: Tensor | None = None, /) -> Tensor:  # type: ignore[override]
+        return super().forward(x, y, gate)
+
+
+def test_what_has_no_name_keeps_its_place() -> None:
+    fast = build(ByPlace(), (X, None, GATE))
+    same(fast(X, None, GATE), exact(Gated(), X, None, GATE))
+    with pytest.raises(InputError, match="expected x, y, gate; got"):
+        fast(X, gate=GATE)
+
+
 def test_a_call_has_one_canonical_form() -> None:
     signature = inspect.signature(Gated().forward)
     wanted = Call((1, 2), {})

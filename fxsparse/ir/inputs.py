@@ -41,7 +41,8 @@ class Call(NamedTuple):
         if signature is None:
             return self
         bound = signature.bind(*self.args, **self.kwargs)
-        if not any(p.kind is p.VAR_POSITIONAL for p in signature.parameters.values()):
+        by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)  # no name to go by after a gap
+        if not any(p.kind in by_place for p in signature.parameters.values()):
             defaults = {name: p.default for name, p in signature.parameters.items()}
             bound.arguments = {n: x for n, x in bound.arguments.items() if not _same(x, defaults[n])}
         return Call(bound.args, bound.kwargs)
