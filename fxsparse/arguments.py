@@ -53,7 +53,16 @@ def checked_inputs(call: Call) -> Call:
     if not any(isinstance(x, Tensor) for x in pytree.tree_leaves(tuple(call))):
         raise InputError("example_inputs", expected="at least one tensor", got="none",
                          do="For one image: (torch.randn(1, 3, 224, 224),).")  # fmt: skip
-    return Call(*pytree.tree_map(_dense, tuple(call)))
+    seen: set[int] = set()
+
+    def own(x: Any) -> Any:
+        """A tensor that comes twice becomes two: torch.export would take both inputs for one."""
+        again = id(x) in seen
+        seen.add(id(x))
+        dense = _dense(x)
+        return dense.clone() if again and isinstance(dense, Tensor) else dense
+
+    return Call(*pytree.tree_map(own, tuple(call)))
 
 
 @torch.inference_mode(False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import logging
@@ -20,7 +19,7 @@ from torch.utils import _pytree as pytree
 from fxsparse.arguments import check_cache_dir, checked_inputs, checked_model
 from fxsparse.backend import Target, find_target
 from fxsparse.contest import Contest, contest
-from fxsparse.errors import CaptureError, InputError, TargetError, first_line, near
+from fxsparse.errors import CaptureError, InputError, TargetError, VerificationError, first_line, near
 from fxsparse.explain import Layer, layers_of, parameters_after, rows_of, with_formats, without_a_row
 from fxsparse.formats import FORMATS
 from fxsparse.ir.capture import capture, masked_output
@@ -130,8 +129,8 @@ def compile(
 
     masks           Masks, a dict by parameter name (bool, uint8 or float 0/1), a path of anything that `fxsparse.read`
                     reads, or None: then zeros in the weights and torch.nn.utils.prune masks are found
-    target          "inductor" (default), "auto" (Inductor or ONNX Runtime, whichever is measured faster here),
-                    "inductor_cpp" (its calls in C++), "eager", "onnx" (ONNX Runtime, CPU) or "tensorrt"
+    target          "inductor" (default), "auto" (Inductor or ONNX Runtime, whichever is measured faster here; Inductor
+                    if nothing is), "inductor_cpp" (its calls in C++), "eager", "onnx" (ONNX Runtime, CPU) or "tensorrt"
     example_inputs  a tuple of positional inputs, or a dict of inputs by name, with the batch in dimension 0; None:
                     compile at the first call
     dynamic_batch   accept any batch size
@@ -164,27 +163,21 @@ def plan(
     """
     options = checked_options(target, True, "auto", "off", False, None)
     if example_inputs is None:
-        raise InputError("example_inputs of plan", expected="a tuple of inputs", got="None",
+        raise InputError("example_inputs of plan", expected="a tuple of inputs, or a dict by name", got="None",
                          do="A dry run needs shapes: plan(model, masks, (torch.randn(1, 3, 224, 224),)).")  # fmt: skip
     call = checked_inputs(Call.of(example_inputs))
     found = as_masks(masks).check(checked_model(model))
-    rewritten = _rewrite(_capture(model, found, _canonical(model, call), options), options)
+    rewritten = _rewrite(_capture(model, found, call, options), options)
     return dataclasses.replace(_report(rewritten, options), chosen="not measured")
 
 
 def _build(model: nn.Module, masks: Masks, options: Options, call: Call) -> Build:
-    call = _canonical(model, checked_inputs(call))
+    call = checked_inputs(call)
     with torch.inference_mode(False):
         captured = _capture(model, masks, call, options)
     out_spec = _out_spec(captured.gm)
     built = build(captured, pytree.tree_structure(tuple(call)), out_spec, options)
-    return dataclasses.replace(built, signature=signature_of(model.forward))
-
-
-def _canonical(model: nn.Module, call: Call) -> Call:
-    with contextlib.suppress(TypeError):  # `capture` says what the model said to it
-        return call.canonical(signature_of(model.forward))
-    return call
+    return dataclasses.replace(built, signature=signature_of(model))
 
 
 @torch.inference_mode(False)  # the analysis differentiates
@@ -193,11 +186,19 @@ def build(captured: Captured, in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpe
     rewritten = _rewrite(captured, options)
     leaves = captured.leaves
     other = {"dense weights": rewritten.without_formats.gm} if rewritten.without_formats is not None else {}
-    won = contest(rewritten.dense, rewritten.gm, leaves, options.target, measure=options.measure, also=other,
-                  any_size=captured.open_sizes)  # fmt: skip
+    compete = functools.partial(contest, rewritten.dense, rewritten.gm, leaves, measure=options.measure, also=other,
+                                any_size=captured.open_sizes)  # fmt: skip
+    won = compete(options.target)
+    try:
+        verification = _verify(rewritten.as_chosen(won.sparse), won, options)
+    except VerificationError as error:
+        first = options.target.runners[:1]
+        if won.target.name in (*first, options.target.name) or not first:
+            raise
+        won = compete(find_target(first[0])).after(won.target, error)
+        verification = _verify(rewritten.as_chosen(won.sparse), won, options)
     rewritten = rewritten.as_chosen(won.sparse)
     report = _report(rewritten, options)
-    verification = _verify(rewritten, won, options)
     decisions = report.decisions + won.decisions
     report = dataclasses.replace(report, verification=verification, decisions=decisions, **won.for_report())
     return Build(won.gm, leaves, in_spec, out_spec, options.target, won.run, report, options.dynamic_batch, won.prepare,
@@ -375,7 +376,7 @@ def _checked(target: str, formats: str, verify: str) -> Target:
                              do=near(str(value), known) or f"Leave {name} at its default.")  # fmt: skip
     if not isinstance(target, str):
         raise TargetError(f"target {repr(target)[:40]}", expected="the name of a target", got=type(target).__name__,
-                          do="Pass target='inductor', the default; inputs by name: example_inputs=(x,).")  # fmt: skip
+                          do="Pass target='inductor', the default; inputs go to example_inputs=(x,).")  # fmt: skip
     return find_target(target)
 
 

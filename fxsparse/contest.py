@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from torch import fx
 
 from fxsparse.backend import TARGETS, Target, find_target
 from fxsparse.backend.target import Runnable
-from fxsparse.errors import TargetError, first_line
+from fxsparse.errors import FxSparseError, TargetError, first_line
 from fxsparse.ir.decision import Decision
 from fxsparse.ir.graph import clone, get_tensor, is_ours, set_tensor
 from fxsparse.ir.inputs import Prepare, as_is, channels_last, inputs_channels_last
@@ -21,7 +22,7 @@ from fxsparse.report import Timing
 
 log = logging.getLogger("fxsparse")
 
-CLOSE_CALL = 1.1  # a ratio of times that is nearer to 1 is measured longer
+NEAR_TIE = 1.1  # a ratio of times that is nearer to 1 is measured longer
 AGAIN = (6, 600)  # rounds, at least and at most
 
 
@@ -55,6 +56,10 @@ class Contest:
     dense_ms: float | None = None
     sparse_ms: float | None = None
     spread: tuple[float | None, float | None] = field(default=(None, None))
+
+    def after(self, refused: Target, error: FxSparseError) -> Contest:
+        """With the decision that `refused`, which had won before, computes something else."""
+        return dataclasses.replace(self, decisions=(_left_out(refused.name, f"it gives {error.got}"), *self.decisions))
 
     def for_report(self) -> dict[str, Any]:
         """The fields of a Report that come from here."""
@@ -169,7 +174,7 @@ def _fastest(own: Sequence[_Build], rivals: Sequence[_Build], inputs: Sequence[A
 def _settled(runs: Runs, best: _Build, ours: _Build, inputs: Sequence[Any]) -> Runs:
     """With more rounds of the two where they are close: what else the machine does comes and goes within seconds."""
     ratios = runs.ratios(best.name, ours.name)
-    if not 1 / CLOSE_CALL < ratios[len(ratios) // 2] < CLOSE_CALL:
+    if not 1 / NEAR_TIE < ratios[len(ratios) // 2] < NEAR_TIE:
         return runs
     return runs.and_then(interleave({b.name: _call(b, inputs) for b in (ours, best)}, bounds=AGAIN))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -23,7 +24,7 @@ from fxsparse.backend.target import COMPILING, Runnable
 from fxsparse.errors import InputError
 from fxsparse.ir.files import writing
 from fxsparse.ir.graph import flat
-from fxsparse.ir.inputs import LAYOUTS, Call, Prepare, as_is, device_of
+from fxsparse.ir.inputs import LAYOUTS, Call, Prepare, as_is, device_of, same_constant
 from fxsparse.ir.shapes import propagate
 from fxsparse.ir.version import VERSION
 from fxsparse.package import Saved, write
@@ -129,17 +130,17 @@ class SparseModule(nn.Module):
         args = call.args
         if build.plain and not call.kwargs and len(args) == len(build.example) and all(map(_is_tensor, args)):
             return args
-        names = self.example.names(build.signature)
-        try:
-            call = call.canonical(build.signature)
+        with contextlib.suppress(ValueError):
             return build.in_spec.flatten_up_to(tuple(call))  # by name: a dict may have its keys in another order
+        wanted, given = (c.names(build.signature) for c in (self.example, call))
+        try:
+            return build.in_spec.flatten_up_to(tuple(call.like(self.example, build.signature)))
         except TypeError as error:
-            raise _misfit(", ".join(names), str(error)) from None
+            raise _misfit(", ".join(wanted), str(error)) from None
         except ValueError as error:
-            given = call.names(build.signature)
-            if given != names:
-                raise _misfit(", ".join(names), ", ".join(given)) from None
-            raise _misfit("inputs nested as in example_inputs", str(error)) from None
+            if given != wanted:
+                raise _misfit(", ".join(wanted), ", ".join(given)) from None
+            raise _misfit("inputs in the form of example_inputs", str(error)) from None
 
     def train(self, mode: bool = True) -> SparseModule:
         """Only evaluation: raises InputError for `mode=True`."""
@@ -266,7 +267,7 @@ def _check_inputs(build: Build, inputs: Sequence[Any]) -> bool:
     same, batches = True, set()
     for x, example in zip(inputs, build.example, strict=True):
         if not isinstance(example, Tensor):
-            if isinstance(x, Tensor) or x != example:
+            if not same_constant(x, example):
                 raise _misfit(f"{example!r}, as in example_inputs", repr(x))
             continue
         if not isinstance(x, Tensor) or _kind(x) != _kind(example):

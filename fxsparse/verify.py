@@ -143,6 +143,9 @@ def check(outputs: Any, ref: Reference, suspect: str, do: str) -> str:
     for i, (y, exact, allowed) in enumerate(zip(_outputs(outputs), ref.exact, ref.allowed, strict=True)):
         if not isinstance(exact, Tensor):
             continue
+        if not isinstance(y, Tensor) or y.is_complex() != exact.is_complex():
+            raise VerificationError(suspect, expected=f"output[{i}] of the kind of {exact.dtype}",
+                                    got=str(getattr(y, "dtype", type(y).__name__)), do=do)  # fmt: skip
         y, exact = _real(y), _real(exact)
         if y.shape != exact.shape:
             raise VerificationError(suspect, expected=f"output[{i}] of shape {tuple(exact.shape)}",

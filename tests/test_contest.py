@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxsparse
+from fxsparse import VerificationError
 from fxsparse.backend import TARGETS
 from fxsparse.backend.eager import Eager
 from fxsparse.backend.inductor_cpp import FEWEST_CALLS, MOST_OURS, InductorCpp
@@ -265,6 +266,21 @@ def test_what_onnx_cannot_run_is_left_to_inductor_with_the_reason(
     assert ("onnxruntime" if missing else "NotImplemented") in why.why
     assert fast.report.chosen == "sparse"
     assert not any("onnx" in t.build for t in fast.report.timings)
+
+
+def test_auto_does_without_what_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    run = OnnxSession.__call__
+    monkeypatch.setattr(OnnxSession, "__call__", lambda self, *inputs: [y + 1 for y in run(self, *inputs)])
+    model, x = Net(), images()
+    fast = auto(monkeypatch, ONNX_WINS, model, x)
+    agree(fast(x), zeroed(model, masks_of(model))(x))
+    (why,) = [d for d in fast.report.decisions if d.step == "contest"]
+    assert (why.where, why.accepted) == ("target 'onnx'", False)
+    assert "it gives" in why.why
+    with pytest.raises(VerificationError):
+        fxsparse.compile(model, masks_of(model), "onnx", example_inputs=x, measure=False)
 
 
 def test_unmeasured_auto_is_inductor() -> None:

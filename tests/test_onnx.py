@@ -23,6 +23,7 @@ from fxsparse.deploy.onnx_runtime import OnnxSession
 from fxsparse.errors import InputError, TargetError, VerificationError
 from fxsparse.formats import shuffled_block_aten as expanded
 from fxsparse.formats.shuffled_block_op import shuffled_block
+from tests.test_storage import Of
 from tools import bench
 from tools.block_recipes import shuffled_blocks
 
@@ -403,6 +404,20 @@ def test_the_page_s_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "sparse: onnx",
         "sparse: onnx, dense weights",
     }
+
+
+def test_complex_results_are_refused() -> None:
+    """The exporter would write pairs of real numbers."""
+    model = Of(lambda m, x: torch.view_as_complex(m["a"](x).view(-1, 2, 2)), a=nn.Linear(3, 4)).eval()
+    with pytest.raises(TargetError, match=r"expected real inputs and outputs; got .*complex64"):
+        compiled(model, torch.randn(2, 3), {})
+
+
+def test_an_index_beyond_its_table_is_an_input_error() -> None:
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 2)).eval()
+    fast = compiled(model, torch.tensor([[1, 2], [3, 4]]), {})
+    with pytest.raises(InputError, match="expected values that every operator takes"):
+        fast(torch.tensor([[1, 2], [3, 99]]))
 
 
 def test_the_page_counts_the_committed_rows() -> None:

@@ -121,6 +121,9 @@ def parse_input(text: str) -> Input:
     *named, given = text.split("=", 1)
     shape, colon, below = given.partition(":")
     numbers = [number.strip() for number in shape.split(",") + [below] * bool(colon)]
+    if named and not named[0].strip().isidentifier():
+        raise InputError(f"--input {text}", expected="a name of the model's parameter before =", got=repr(named[0]),
+                         do="--input input_ids=1,128:50257, or leave the name out.")  # fmt: skip
     wrong = [number for number in numbers if not (number.isascii() and number.isdigit() and int(number) > 0)]
     if wrong:
         raise InputError(
@@ -165,7 +168,7 @@ def random_inputs(inputs: Sequence[Input], dtype: torch.dtype) -> Inputs:
     named = {given.name: x for given, x in zip(inputs, made, strict=True) if given.name}
     if named and len(named) < len(inputs):
         raise InputError("--input", expected="a name for every input, each another, or none at all",
-                         got=f"{len(named)} names for {len(inputs)} inputs",
+                         got=f"{len(named)} different names for {len(inputs)} inputs",
                          do="--input input_ids=1,128:50257 --input attention_mask=1,128:2")  # fmt: skip
     return named or made
 

@@ -60,6 +60,7 @@ def to_onnx(gm: fx.GraphModule) -> OnnxModel:
 
     Inputs are called as the model's own, outputs "output" or "output_0", "output_1" ...
     """
+    _refuse_complex(gm)
     graph = standard(gm)
     examples, shapes = _examples(graph.gm)
     names = (
@@ -79,6 +80,16 @@ def to_onnx(gm: fx.GraphModule) -> OnnxModel:
     _strip(proto)
     check_proto(proto)
     return OnnxModel(proto, graph, shapes is not None)
+
+
+def _refuse_complex(gm: fx.GraphModule) -> None:
+    """The exporter writes pairs of real numbers in their place, also for what goes in and comes out."""
+    (output,) = gm.graph.find_nodes(op="output")
+    for node in [*gm.graph.find_nodes(op="placeholder"), *output.all_input_nodes]:
+        val = node.meta.get("val")
+        if isinstance(val, Tensor) and val.is_complex():
+            raise TargetError("ONNX model", expected="real inputs and outputs", got=f"{node.name} of {val.dtype}",
+                              do="Take torch.view_as_real of it inside of the model.")  # fmt: skip
 
 
 def _opset(gm: fx.GraphModule) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from fxsparse.deploy.onnx_model import SINGLE_FILE_BYTES, OnnxModel, save
 from fxsparse.deploy.standard import filled
-from fxsparse.errors import TargetError
+from fxsparse.errors import InputError, TargetError
 
 
 class OnnxSession:
@@ -39,7 +39,10 @@ class OnnxSession:
     def __call__(self, *inputs: Any) -> Sequence[Any]:
         """All flattened inputs of the graph in; its flattened outputs, in memory of their own."""
         feed = {name: inputs[i].detach().cpu().contiguous().numpy() for name, i in self.taken}
-        outputs = self.session.run(None, feed)
+        try:
+            outputs = self.session.run(None, feed)
+        except Exception as error:  # noqa: BLE001 - whatever the runtime raises
+            raise _failed(error) from None
         return filled(self.outputs, [torch.from_numpy(y) for y in outputs])
 
     def __deepcopy__(self, memo: object) -> OnnxSession:
@@ -66,11 +69,20 @@ def _load(model: OnnxModel, options: Any) -> Any:
         return onnxruntime.InferenceSession(str(path), options, providers=providers)
 
 
+def _failed(error: Exception) -> InputError:
+    return InputError("inputs of a model in ONNX Runtime", expected="values that every operator takes",
+                      got=f"{type(error).__name__}: {_line(error)}",
+                      do="Is an index beyond its table? target='eager' runs the same graph in PyTorch.")  # fmt: skip
+
+
+def _line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "(no message)")[:300]
+
+
 def _refused(error: Exception) -> TargetError:
-    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "(no message)")[:300]
     return TargetError(
         "target 'onnx'",
         expected="operators that ONNX Runtime's CPU kernels compute",
-        got=f"{type(error).__name__}: {first}",
+        got=f"{type(error).__name__}: {_line(error)}",
         do="Use float32 or float16; for the file alone: fxsparse.export_onnx(sparse, path, verify=False).",
     )

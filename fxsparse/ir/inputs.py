@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxsparse.errors import InputError
 
@@ -33,36 +33,61 @@ class Call(NamedTuple):
                          got="a dict with other keys" if isinstance(inputs, Mapping) else type(inputs).__name__,
                          do="For one image: (torch.randn(1, 3, 224, 224),). By name: {'input_ids': ids}.")  # fmt: skip
 
-    def canonical(self, signature: inspect.Signature | None) -> Call:
-        """The one way to say it: by position what can be, without what is the default anyway.
+    def like(self, example: Call, signature: inspect.Signature | None) -> Call:
+        """This call in the form of `example`: by position what is so there, with and without defaults as there.
 
-        Raises TypeError for what `signature` does not take.
+        Raises TypeError for what `signature` does not take, ValueError for other arguments than the example's.
         """
         if signature is None:
             return self
-        bound = signature.bind(*self.args, **self.kwargs)
-        by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)  # no name to go by after a gap
-        if not any(p.kind in by_place for p in signature.parameters.values()):
-            defaults = {name: p.default for name, p in signature.parameters.items()}
-            bound.arguments = {n: x for n, x in bound.arguments.items() if not _same(x, defaults[n])}
-        return Call(bound.args, bound.kwargs)
+        signature.bind(*self.args, **self.kwargs)
+        given, wanted = self._by_name(signature), example._by_name(signature)
+        for name in given.keys() ^ wanted.keys():
+            if not _is_default(signature, name, given[name] if name in given else wanted[name]):
+                raise ValueError(f"another argument: {name}")
+        found = {**wanted, **given}
+        return Call(
+            tuple(found[name] for name in list(wanted)[: len(example.args)]), {n: found[n] for n in example.kwargs}
+        )
 
     def names(self, signature: inspect.Signature | None) -> list[str]:
         """What `signature` calls them, by position and then by name; a number where it has no word for one."""
-        parameters = signature.parameters.values() if signature is not None else ()
-        known = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-        more = [f"input {i + 1}" for i in range(len(known), len(self.args))]
-        return [*known[: len(self.args)], *more, *sorted(self.kwargs)]
+        found = self._by_name(signature or inspect.Signature())
+        return [f"input {name + 1}" if isinstance(name, int) else name for name in found]
+
+    def _by_name(self, signature: inspect.Signature) -> dict[int | str, Any]:
+        """By number what is only known by its place."""
+        names = [n for n, p in signature.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        first = sum(p.kind is p.POSITIONAL_ONLY for p in signature.parameters.values())
+        keys: list[int | str] = [*range(first), *names, *range(first + len(names), len(self.args))]
+        return dict(zip([*keys[: len(self.args)], *self.kwargs], [*self.args, *self.kwargs.values()], strict=True))
 
 
-def _same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and isinstance(a, (bool, int, float, str)) and a == b)
+def _is_default(signature: inspect.Signature, name: int | str, value: Any) -> bool:
+    """Of a kind that nobody can change; -0.0 is not 0.0, 1 is not True."""
+    parameter = signature.parameters.get(str(name))
+    default = parameter.default if parameter is not None else inspect.Parameter.empty
+    plain = value is None or isinstance(value, (bool, int, float, str))
+    return plain and same_constant(value, default)
 
 
-def signature_of(function: Callable[..., Any]) -> inspect.Signature | None:
-    """None where Python knows none."""
+def same_constant(a: Any, b: Any) -> bool:
+    """Whether they are the same to any function: 2 is not 2.0, and 0.0 not -0.0."""
+    if type(a) is not type(b):
+        return False
+    return repr(a) == repr(b) if isinstance(a, (float, complex)) else bool(a == b)
+
+
+def signature_of(model: nn.Module) -> inspect.Signature | None:
+    """By which one call of `model` can be told to be another; None where something looks at how it is written.
+
+    Hooks do, and so may a decorator: then the signature is the decorator's own.
+    """
+    hooks = (model._forward_hooks, model._forward_pre_hooks)
+    if any(hooks) or type(model).__call__ is not nn.Module.__call__:
+        return None
     try:
-        return inspect.signature(function)
+        return inspect.signature(model.forward, follow_wrapped=False)
     except (TypeError, ValueError):
         return None
 

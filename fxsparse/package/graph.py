@@ -216,6 +216,10 @@ def _decode_call(graph: fx.Graph, root: nn.Module, item: Json, nodes: list[fx.No
 
 
 def _check_signature(nodes: list[fx.Node], info: fx.graph._PyTreeInfo) -> None:
+    sides = info.in_spec.children()
+    if info.in_spec.type is not tuple or [side.type for side in sides] != [tuple, dict]:
+        raise ValueError("inputs that are not a tuple and a dict")
+    _names(list(cast(Any, sides[1]).context))
     inputs = sum(node.op == "placeholder" for node in nodes)
     outputs = [len(cast(Any, node.args[0])) for node in nodes if node.op == "output"]
     if inputs != info.in_spec.num_leaves or [cast(Any, info.out_spec).num_leaves] != outputs:
