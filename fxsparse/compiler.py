@@ -184,25 +184,30 @@ def _build(model: nn.Module, masks: Masks, options: Options, call: Call) -> Buil
 def build(captured: Captured, in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec, options: Options) -> Build:
     """Rewrite, lower, measure and verify: what both entrances, `compile` and torch.compile, come to."""
     rewritten = _rewrite(captured, options)
-    leaves = captured.leaves
-    other = {"dense weights": rewritten.without_formats.gm} if rewritten.without_formats is not None else {}
-    compete = functools.partial(contest, rewritten.dense, rewritten.gm, leaves, measure=options.measure, also=other,
-                                any_size=captured.open_sizes)  # fmt: skip
-    won = compete(options.target)
-    try:
-        verification = _verify(rewritten.as_chosen(won.sparse), won, options)
-    except VerificationError as error:
-        first = options.target.runners[:1]
-        if won.target.name in (*first, options.target.name) or not first:
-            raise
-        won = compete(find_target(first[0])).after(won.target, error)
-        verification = _verify(rewritten.as_chosen(won.sparse), won, options)
+    won, verification = _verified(rewritten, options)
     rewritten = rewritten.as_chosen(won.sparse)
     report = _report(rewritten, options)
     decisions = report.decisions + won.decisions
     report = dataclasses.replace(report, verification=verification, decisions=decisions, **won.for_report())
-    return Build(won.gm, leaves, in_spec, out_spec, options.target, won.run, report, options.dynamic_batch, won.prepare,
-                 any_batch=won.run if won.any_size else None, lowered_by=won.target)  # fmt: skip
+    return Build(won.gm, captured.leaves, in_spec, out_spec, options.target, won.run, report, options.dynamic_batch,
+                 won.prepare, any_batch=won.run if won.any_size else None, lowered_by=won.target)  # fmt: skip
+
+
+def _verified(rewritten: _Rewritten, options: Options) -> tuple[Contest, str]:
+    """What won, and how far it is off. Of several targets, one that computes something else is left out."""
+    captured, without = rewritten.captured, rewritten.without_formats
+    compete = functools.partial(
+        contest, rewritten.dense, rewritten.gm, captured.leaves, measure=options.measure,
+        also={"dense weights": without.gm} if without is not None else {}, any_size=captured.open_sizes,
+    )  # fmt: skip
+    won = compete(options.target)
+    try:
+        return won, _verify(rewritten.as_chosen(won.sparse), won, options)
+    except VerificationError as error:
+        if won.target.name not in options.target.runners[1:]:
+            raise
+        won = compete(find_target(options.target.runners[0])).after(won.target, error)
+        return won, _verify(rewritten.as_chosen(won.sparse), won, options)
 
 
 def _capture(model: nn.Module, masks: Masks, call: Call, options: Options) -> Captured:

@@ -140,7 +140,7 @@ def _competing(
     refused = []
     for runner in runners:
         try:
-            builds += _own_builds(runner, every, inputs, any_size)
+            builds += _own_builds(runner, _fitting(runner, runners, every), inputs, any_size)
         except TargetError as error:
             if runner is runners[0]:
                 raise
@@ -148,16 +148,22 @@ def _competing(
     return builds, refused
 
 
+def _fitting(
+    runner: Target, runners: Sequence[Target], every: Mapping[str, fx.GraphModule]
+) -> Mapping[str, fx.GraphModule]:
+    """The first graph; all, where formats are chosen by whole models; beside PyTorch none that is packed for it."""
+    if not runner.standard_operators:
+        return dict(list(every.items())[:1])
+    unpacked = {label: gm for label, gm in every.items() if not any(map(is_ours, gm.graph.nodes))}
+    return every if len(runners) == 1 else unpacked or every
+
+
 def _own_builds(
     runner: Target, every: Mapping[str, fx.GraphModule], inputs: Sequence[Any], any_size: bool
 ) -> list[_Build]:
-    """The first graph on `runner`. Where that runs standard operators alone, all of them, but none that is packed."""
-    graphs = dict(list(every.items())[:1])
-    if runner.standard_operators:
-        graphs = {label: gm for label, gm in every.items() if not any(map(is_ours, gm.graph.nodes))} or graphs
     log.info("lower (%s)", runner.name)
     builds = []
-    for label, gm in graphs.items():
+    for label, gm in every.items():
         run = runner.lower_dynamic(gm) if any_size else runner.lower(gm, inputs)
         builds.append(_Build(f"sparse: {runner.name}{label and f', {label}'}", gm, run, as_is, runner))
     return builds

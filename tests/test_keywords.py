@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fxsparse
-from fxsparse import InputError, Masks, PackageError
+from fxsparse import CaptureError, InputError, Masks, PackageError
 from fxsparse.ir.inputs import Call
 from fxsparse.ir.version import VERSION
 from fxsparse.package import container
@@ -109,6 +109,8 @@ def test_a_constant_by_name_is_part_of_the_function() -> None:
 
 def test_names_that_only_the_call_knows() -> None:
     """Of one batch size: torch.export's own check of sizes fails where they come in **inputs."""
+    with pytest.raises(CaptureError, match="pass dynamic_batch=False"):
+        build(Anything(), {"x": X, "y": Y})
     fast = build(Anything(), {"x": X, "y": Y}, dynamic_batch=False)
     same(fast(y=Y, x=X), exact(Gated(), X, Y))
     with pytest.raises(InputError, match="expected x, y; got x, gate"):

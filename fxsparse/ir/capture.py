@@ -145,7 +145,9 @@ def _explain(model: nn.Module, call: Call, error: Exception, dynamic_batch: bool
         "Rewrite the part named above without data-dependent Python, compile the submodules that export, or use "
         "torch.compile(model, backend='fxsparse'), which compiles what it can follow."
     )
-    if dynamic_batch and any(hint in str(error) for hint in ("batch", ".size()[0]", ".shape[0]")):
+    # the last of these: its own check of sizes fails for tensors in **kwargs
+    hints = ("batch", ".size()[0]", ".shape[0]", "name 'L' is not defined")
+    if dynamic_batch and any(hint in str(error) for hint in hints):
         advice = "If the model only works at one batch size, pass dynamic_batch=False. " + advice
     got = f"{type(error).__name__}: {_first_line(error)}"
     return _cannot(model, "a model that torch.export can follow (strict=False)", got, advice)
