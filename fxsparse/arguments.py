@@ -50,7 +50,7 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
 
 def checked_inputs(call: Call) -> Call:
     """`call`, its tensors dense. Raises InputError without a tensor, or for a tensor of another kind."""
-    if not any(isinstance(x, Tensor) for x in pytree.tree_leaves(tuple(call))):
+    if not any(isinstance(x, Tensor) for x in pytree.tree_leaves(call)):
         raise InputError("example_inputs", expected="at least one tensor", got="none",
                          do="For one image: (torch.randn(1, 3, 224, 224),).")  # fmt: skip
     seen: set[int] = set()
@@ -62,7 +62,8 @@ def checked_inputs(call: Call) -> Call:
         dense = _dense(x)
         return dense.clone() if again and isinstance(dense, Tensor) else dense
 
-    return Call(*pytree.tree_map(own, tuple(call)))
+    dense: Call = pytree.tree_map(own, call)
+    return dense
 
 
 @torch.inference_mode(False)

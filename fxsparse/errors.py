@@ -58,6 +58,12 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
+def first_words(error: BaseException) -> str:
+    """The first line that is not empty of what an error says, at most 300 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:300] if lines else "(no message)"
+
+
 def near(name: str, known: Iterable[str]) -> str:
     """`Did you mean 'a' or 'b'?`, or an empty string when nothing is near."""
     names = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)

@@ -86,7 +86,7 @@ def export_onnx(
 def _write(
     sparse: SparseModule, model: OnnxModel, path: str | os.PathLike[str], external_data: bool | None, verify: bool
 ) -> OnnxFile:
-    verified = verify_onnx(sparse.graph_module, model, pytree.tree_leaves(tuple(sparse.example))) if verify else {}
+    verified = verify_onnx(sparse.graph_module, model, pytree.tree_leaves(sparse.example)) if verify else {}
     with writing(path):
         files = save(model, path, external_data=external_data)
     return OnnxFile(files, model.opset, model.operators, not_in_tensorrt(model.proto), model.graph.two_four, verified)
@@ -153,7 +153,7 @@ def export_tensorrt(
     table, and when it fails; all that `export_onnx` raises.
     Neither the engine nor the trtexec line has been tried on a real TensorRT yet.
     """
-    gm, own = compiled_graph(sparse), batch_size(pytree.tree_leaves(tuple(sparse.example)))
+    gm, own = compiled_graph(sparse), batch_size(pytree.tree_leaves(sparse.example))
     profile = Profile(*batches) if batches is not None else Profile(1, own, own)
     if not 1 <= profile.least <= profile.best <= profile.most:
         raise InputError(f"batches={batches!r}", expected="smallest <= best <= largest, from 1 on", got="others",

@@ -11,7 +11,7 @@ import torch
 
 from fxsparse.deploy.onnx_model import SINGLE_FILE_BYTES, OnnxModel, save
 from fxsparse.deploy.standard import filled
-from fxsparse.errors import InputError, TargetError
+from fxsparse.errors import InputError, TargetError, first_words
 
 
 class OnnxSession:
@@ -71,18 +71,14 @@ def _load(model: OnnxModel, options: Any) -> Any:
 
 def _failed(error: Exception) -> InputError:
     return InputError("inputs of a model in ONNX Runtime", expected="values that every operator takes",
-                      got=f"{type(error).__name__}: {_line(error)}",
+                      got=f"{type(error).__name__}: {first_words(error)}",
                       do="Is an index beyond its table? target='eager' runs the same graph in PyTorch.")  # fmt: skip
-
-
-def _line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "(no message)")[:300]
 
 
 def _refused(error: Exception) -> TargetError:
     return TargetError(
         "target 'onnx'",
         expected="operators that ONNX Runtime's CPU kernels compute",
-        got=f"{type(error).__name__}: {_line(error)}",
+        got=f"{type(error).__name__}: {first_words(error)}",
         do="Use float32 or float16; for the file alone: fxsparse.export_onnx(sparse, path, verify=False).",
     )

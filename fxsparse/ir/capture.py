@@ -14,11 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
-from fxsparse.errors import CaptureError, InputError
+from fxsparse.errors import CaptureError, InputError, first_words
 from fxsparse.ir.graph import arg, aten, clone, get_tensor, has_attribute, operator_name, owner, set_tensor
-from fxsparse.ir.inputs import Call
+from fxsparse.ir.inputs import Call, with_symbolic_batch
 from fxsparse.ir.masks import Masks
 
 
@@ -98,7 +97,7 @@ def _evaluate(model: nn.Module) -> None:
     try:
         model.eval()
     except Exception as error:  # noqa: BLE001 - torch.export's modules refuse; a user's own may raise anything
-        got = f"one whose eval() raises {type(error).__name__}: {_first_line(error)}"
+        got = f"one whose eval() raises {type(error).__name__}: {first_words(error)}"
         advice = "Compile the model that was exported rather than what torch.export made of it."
         raise _cannot(model, "a model with an evaluation mode", got, advice) from None
 
@@ -106,12 +105,7 @@ def _evaluate(model: nn.Module) -> None:
 def _export(model: nn.Module, call: Call, dynamic_batch: bool) -> torch.export.ExportedProgram:
     shapes, given = None, call
     if dynamic_batch:
-        call = Call(*pytree.tree_map(_two_or_more, tuple(call)))
-        batch = torch.export.Dim("batch", min=1)
-        shapes = torch.export.ShapesCollection()  # by tensor, whatever the signature (*args, dicts)
-        for x in pytree.tree_leaves(tuple(call)):
-            if isinstance(x, Tensor) and x.dim():
-                shapes[x] = {0: batch}
+        call, shapes = with_symbolic_batch(call)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The tensor attributes? self", UserWarning)  # `_untouched` restores them
@@ -120,11 +114,6 @@ def _export(model: nn.Module, call: Call, dynamic_batch: bool) -> torch.export.E
             return flat
     except Exception as error:  # noqa: BLE001 - whatever torch.export raises becomes our error, with its text
         raise _explain(model, given, error, dynamic_batch) from None
-
-
-def _two_or_more(x: Any) -> Any:
-    # torch.export takes a size of 1 (or 0) in the example for a constant of the model
-    return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == 1 else x
 
 
 def _explain(model: nn.Module, call: Call, error: Exception, dynamic_batch: bool) -> Exception:
@@ -137,7 +126,7 @@ def _explain(model: nn.Module, call: Call, error: Exception, dynamic_batch: bool
         return InputError(
             f"example_inputs for {name}",
             expected="inputs the model itself accepts",
-            got=f"{_describe(call)}, and the model raises {type(cause).__name__}: {_first_line(cause)}",
+            got=f"{_describe(call)}, and the model raises {type(cause).__name__}: {first_words(cause)}",
             do="Pass what the model is called with: a tuple for model(*example_inputs), or a dict for "
             "model(**example_inputs).",
         )
@@ -149,7 +138,7 @@ def _explain(model: nn.Module, call: Call, error: Exception, dynamic_batch: bool
     hints = ("batch", ".size()[0]", ".shape[0]", "name 'L' is not defined")
     if dynamic_batch and any(hint in str(error) for hint in hints):
         advice = "If the model only works at one batch size, pass dynamic_batch=False. " + advice
-    got = f"{type(error).__name__}: {_first_line(error)}"
+    got = f"{type(error).__name__}: {first_words(error)}"
     return _cannot(model, "a model that torch.export can follow (strict=False)", got, advice)
 
 
@@ -227,11 +216,6 @@ def _describe(call: Call) -> str:
         return f"{tuple(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
 
     return "(" + ", ".join([*map(shown, call.args), *(f"{name}={shown(x)}" for name, x in call.kwargs.items())]) + ")"
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else "(no message)"
 
 
 def drop_assertions(gm: fx.GraphModule) -> None:

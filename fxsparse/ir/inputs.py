@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fxsparse.errors import InputError
 
@@ -69,6 +70,20 @@ def _is_default(signature: inspect.Signature, name: int | str, value: Any) -> bo
     default = parameter.default if parameter is not None else inspect.Parameter.empty
     plain = value is None or isinstance(value, (bool, int, float, str))
     return plain and same_constant(value, default)
+
+
+def with_symbolic_batch(call: Call) -> tuple[Call, torch.export.ShapesCollection]:
+    """For torch.export, which takes a size of 1 in the example for a constant: two samples, and what is the batch."""
+    call = pytree.tree_map(_two_or_more, call)
+    batch, shapes = torch.export.Dim("batch", min=1), torch.export.ShapesCollection()
+    for x in pytree.tree_leaves(call):  # by tensor, whatever the signature (*args, dicts)
+        if isinstance(x, Tensor) and x.dim():
+            shapes[x] = {0: batch}
+    return call, shapes
+
+
+def _two_or_more(x: Any) -> Any:
+    return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == 1 else x
 
 
 def same_constant(a: Any, b: Any) -> bool:

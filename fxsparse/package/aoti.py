@@ -8,17 +8,15 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from fxsparse.backend.inductor import options, with_memory
 from fxsparse.errors import InputError, PackageError
 from fxsparse.ir.files import as_path, replacing
 from fxsparse.ir.graph import clone
-from fxsparse.ir.inputs import Call
+from fxsparse.ir.inputs import Call, with_symbolic_batch
 
 
 def check_suffix(path: str | os.PathLike[str], where: str) -> None:
@@ -44,12 +42,7 @@ def compile_aoti(
 
     shapes = None
     if dynamic_batch:
-        call = Call(*pytree.tree_map(_two_or_more, tuple(call)))
-        batch = torch.export.Dim("batch", min=1)
-        shapes = torch.export.ShapesCollection()
-        for x in pytree.tree_leaves(tuple(call)):
-            if isinstance(x, Tensor) and x.dim():
-                shapes[x] = {0: batch}
+        call, shapes = with_symbolic_batch(call)
     # compiled in a folder of its own: the archive's folder gets the file's name
     with torch.no_grad(), replacing(path) as name, tempfile.TemporaryDirectory() as folder:
         name.touch()  # found out before the minutes of work rather than after
@@ -61,11 +54,6 @@ def compile_aoti(
         shutil.copyfile(
             torch._inductor.aoti_compile_and_package(program, package_path=made, inductor_configs=configs), name
         )
-
-
-def _two_or_more(x: Any) -> Any:
-    # torch.export takes a size of 1 in the example for a constant
-    return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == 1 else x
 
 
 def load_native(code: bytes, folder: Path) -> Callable[..., Sequence[Tensor]]:
