@@ -37,8 +37,9 @@ constexpr int64_t WEIGHT_BYTES = 256 * 1024;  // weights that few are read again
 constexpr int64_t CACHE_LINE = 64;
 constexpr int64_t CACHE_BYTES = 4096;  // of one way of the first-level cache
 constexpr int64_t CACHE_WAYS = 8;
-constexpr int64_t LONG_LINE = 56;  // pixels after which reading all weights again costs nothing
-constexpr int64_t LINE = 112;      // pixels of a line where there are no lines: 4 x 28, 8 x 14, 16 x 7
+constexpr int64_t SHORT_LINE = NARROW ? 40 : 4;  // pixels: images with fewer beside each other are copied, padded
+constexpr int64_t LONG_LINE = 56;                // pixels after which reading all weights again costs nothing
+constexpr int64_t LINE = NARROW ? 60 : 112;  // pixels of a line where there are no lines: 4 x 28, 8 x 14 or 16 x 7
 
 // A rectangle of output pixels whose input is read with constant steps.
 template <typename T>
@@ -52,12 +53,24 @@ struct Field {
     int64_t row_step, tap_step;  // elements from one input row, or pixel, to the next, for the taps
     int64_t first_row;  // output row of the first line when taps above and below the image are to be skipped, or -1
     bool is_border;     // fields of one kind have the same steps
+    int64_t per_row;    // pixels of a line after which it goes on in the next row of the image
+};
+
+// What the tiles of a group, all but the first `idle`, fetch of the next group's weights: in a network they come from
+// memory, and would keep this core waiting. As fast as possible just before they are needed: they would not stay for long
+// in the second-level cache, which another thread of this core may share.
+struct Next {
+    const char* from;
+    int64_t idle, share, step;  // share: bytes of a tile; step: of those with every column
+
+    Ahead of(int64_t tile) const { return tile < idle ? Ahead{from, 0} : Ahead{from + (tile - idle) * share, step}; }
 };
 
 // What a thread works with; kept from call to call, since fresh memory costs a page fault every 4096 bytes.
 template <typename T>
 struct Scratch {
-    std::vector<int32_t> offset[2];  // inside, at the border
+    std::vector<int32_t> offset[2];  // of columns: inside, at the border
+    std::vector<int64_t> place[2];   // of the pixels of a line, there
     std::vector<Field<T>> fields;
 
     Read<T>* room_for(int64_t n) {
@@ -76,7 +89,7 @@ struct Scratch {
 template <typename T>
 struct Convolution {
     static constexpr int64_t SIZE = sizeof(Read<T>);
-    static constexpr int64_t FETCHED = LANES < 16 || SIZE < 4 ? CACHE_LINE / 2 : CACHE_LINE;  // bytes with every column
+    static constexpr int64_t FETCHED = NARROW || SIZE < 4 ? CACHE_LINE / 2 : CACHE_LINE;  // bytes with every column
     static constexpr int64_t BESIDE = std::is_same_v<Read<T>, float> ? 1 : 2;  // values of a lane that lie together
     Problem q;
     const T* x;
@@ -120,7 +133,7 @@ struct Convolution {
         right = std::min(q.out_width, (q.width + q.padding_x - taps_wide()) / q.stride_x + 1);
         const bool padded = q.padding_y || q.padding_x;
         const bool small = q.height * q.width * q.channels * SIZE <= COPIED_BYTES;
-        copies = !std::is_same_v<T, Read<T>> || (padded && (small || right - left < 4));
+        copies = !std::is_same_v<T, Read<T>> || (padded && (small || right - left < SHORT_LINE));
         const int64_t in_row = (copies ? copy_width() : q.width) * q.channels * q.stride_y;
         band = std::max<int64_t>(1, BAND_BYTES / SIZE / (in_row + q.out_width * q.out_channels));
         if (copies) band = std::max(band, std::min<int64_t>(q.out_height, q.kernel_height * q.dilation_y));
@@ -216,6 +229,11 @@ struct Convolution {
         scratch.fields.clear();
         if (together > 1) lay_across(image, count, copied, scratch.fields);
         else lay_image(image, first, rows_out, copied, scratch.fields);
+        for (const Field<T>& f : scratch.fields) {
+            std::vector<int64_t>& place = scratch.place[f.is_border];
+            place.resize(f.pixels);
+            for (int64_t i = 0; i < f.pixels; i++) place[i] = i / f.per_row * f.x_line + i % f.per_row * f.x_pixel;
+        }
     }
 
     // A line for every output pixel: of each image the one there.
@@ -226,7 +244,8 @@ struct Convolution {
             const int64_t to = (image * q.out_height * q.out_width + ox) * q.out_channels;
             fields.push_back({copied + ox * q.stride_x * step, row_step * q.stride_y, q.channels, y + to,
                               residual ? residual + to : nullptr, q.out_width * q.out_channels,
-                              q.out_height * q.out_width * q.out_channels, q.out_height, count, row_step, step, 0, false});
+                              q.out_height * q.out_width * q.out_channels, q.out_height, count, row_step, step, 0, false,
+                              count});
         }
     }
 
@@ -238,6 +257,7 @@ struct Convolution {
             copy_band(image, first, rows_out, -q.padding_x, copy_width(), copied);
             const int64_t row_step = copy_width() * q.channels;
             fields.push_back(field(copied, row_step, at, rows_out, 0, q.out_width, first));
+            if (NARROW) fields.back().pixels *= std::exchange(fields.back().lines, 1);  // one line: its tiles are full
             return;
         }
         const int64_t row_step = q.width * q.channels, top = first * q.stride_y - q.padding_y;
@@ -257,7 +277,7 @@ struct Convolution {
         copy_band(image, first, rows_out, ox * q.stride_x - q.padding_x, taps_wide(), to);
         const int64_t at = (image * q.out_height + first) * q.out_width;
         Field<T> f = field(to, taps_wide() * q.channels, at, 1, ox, ox + 1, -1);
-        f.pixels = rows_out;
+        f.pixels = f.per_row = rows_out;
         f.x_pixel = f.x_line;
         f.y_pixel = f.y_line;
         f.is_border = true;
@@ -268,7 +288,8 @@ struct Convolution {
                    int64_t first_row) const {
         const int64_t to = (at + x0) * q.out_channels;
         return {from, row_step * q.stride_y, q.channels * q.stride_x, y + to, residual ? residual + to : nullptr,
-                q.out_width * q.out_channels, q.out_channels, lines, x1 - x0, row_step, q.channels, first_row, false};
+                q.out_width * q.out_channels, q.out_channels, lines, x1 - x0, row_step, q.channels, first_row, false,
+                x1 - x0};
     }
 
     // Position of every column of the groups relative to a pixel. Columns ascend, so taps change seldom.
@@ -299,6 +320,16 @@ struct Convolution {
         return {from, std::max(from, to)};
     }
 
+    // Some vectors of rows of a group, over the lines of a field.
+    struct Strip {
+        int64_t g, vectors, most;  // most: pixels of a tile
+        const Read<T>* w;
+        int64_t lanes;  // from one column's weights to the next
+        const int32_t* offset;
+        const int64_t* place;
+        Next next;
+    };
+
     // Either every group goes over all lines of all fields, and its weights stay in the caches; or all groups over every
     // line, and what they read and write stays there: better while the weights are few, or used for many pixels each time.
     void run_part(int64_t part, Scratch<T>& scratch) const {
@@ -322,18 +353,22 @@ struct Convolution {
     void run_group(int64_t g, const Field<T>& f, int64_t first_line, int64_t last_line, Scratch<T>& scratch, int64_t part,
                    bool fetches) const {
         const int64_t count = row_ptr[g + 1] - row_ptr[g], lanes = lane_ptr[g + 1] - lane_ptr[g];
-        const int32_t* row = rows + row_ptr[g];
-        const int32_t* offset = scratch.offset[f.is_border].data() + column_ptr[g] - column_ptr[part_ptr[part]];
         const int64_t vectors = (count + LANES - 1) / LANES, tiles = (vectors + WIDEST - 1) / WIDEST;
-        for (int64_t t = 0, v = 0; t < tiles; t++) {
-            const int64_t wide = (vectors - v + tiles - t - 1) / (tiles - t), lane = v * LANES;
-            const Sink<T> sink{nullptr, nullptr, lane_bias.data() + lane_ptr[g] + lane, row + lane, count - lane,
-                               in_order[g] != 0, f.y_pixel, static_cast<int>(q.activation), far_out};
-            const int64_t lines = last_line - first_line;
-            for (int64_t i = 0; i < lines; i++)
-                run_line(g, f, first_line + i, static_cast<int>(wide), values + value_ptr[g] + lane * BESIDE, lanes, offset,
-                         t * lines + i, fetches ? tiles * lines : 0, sink);
-            v += wide;
+        const int64_t lines = last_line - first_line;
+        // Pixels that lie multiples of 4096 bytes apart share their lines of the first-level cache: not more than fit.
+        const int64_t fit = (CACHE_WAYS - 1) * (CACHE_BYTES / std::gcd(CACHE_BYTES, f.x_pixel * SIZE));
+        Strip strip{g, 0, 0, nullptr, lanes, nullptr, scratch.place[f.is_border].data(), {}};
+        strip.offset = scratch.offset[f.is_border].data() + column_ptr[g] - column_ptr[part_ptr[part]];
+        for (int64_t t = 0, v = 0; t < tiles; t++, v += strip.vectors) {
+            const int64_t lane = v * LANES;
+            strip.vectors = (vectors - v + tiles - t - 1) / (tiles - t);
+            strip.most = std::min<int64_t>(ACCUMULATORS / strip.vectors, fit);
+            strip.w = values + value_ptr[g] + lane * BESIDE;
+            const int64_t cuts = (f.pixels + strip.most - 1) / strip.most;
+            strip.next = after(g, fetches ? tiles * lines * cuts : 0);
+            const Sink<T> sink{nullptr, nullptr, lane_bias.data() + lane_ptr[g] + lane, rows + row_ptr[g] + lane,
+                               count - lane, in_order[g] != 0, f.y_pixel, static_cast<int>(q.activation), far_out};
+            for (int64_t i = 0; i < lines; i++) run_line(strip, f, first_line + i, (t * lines + i) * cuts, sink);
         }
     }
 
@@ -342,39 +377,37 @@ struct Convolution {
         for (int64_t i = 0; i < n; i += CACHE_LINE / SIZE) __builtin_prefetch(from + i, 0, 2);
     }
 
-    // What tile `i` of `n` fetches of the next group's weights: in a network they come from memory, and would keep this
-    // core waiting. As fast as possible just before they are needed: they would not stay for long in the second-level
-    // cache, which another thread of this core may share.
-    Ahead after(int64_t g, int64_t i, int64_t n) const {
-        const char* from = reinterpret_cast<const char*>(values + value_ptr[g]);
-        if (g + 1 == q.groups || n == 0) return {from, 0};
+    Next after(int64_t g, int64_t all) const {
+        const char* from = reinterpret_cast<const char*>(values + value_ptr[g + 1]);
+        if (g + 1 == q.groups || all == 0) return {reinterpret_cast<const char*>(values), 0, 0, 0};
         const int64_t columns_here = std::max<int64_t>(1, column_ptr[g + 1] - column_ptr[g]);
         const int64_t bytes = (value_ptr[g + 2] - value_ptr[g + 1]) * SIZE, of_a_tile = columns_here * FETCHED;
-        const int64_t tiles = std::min(n, (bytes + of_a_tile - 1) / of_a_tile + 1), at = i - (n - tiles);
-        if (at < 0) return {from, 0};
-        return {reinterpret_cast<const char*>(values + value_ptr[g + 1]) + bytes * at / tiles, bytes / tiles / columns_here};
+        const int64_t tiles = std::min(all, (bytes + of_a_tile - 1) / of_a_tile + 1);
+        return {from, all - tiles, bytes / tiles, bytes / tiles / columns_here};
     }
 
-    void run_line(int64_t g, const Field<T>& f, int64_t line, int wide, const Read<T>* w, int64_t lanes,
-                  const int32_t* offset, int64_t nth, int64_t of, Sink<T> sink) const {
-        // Pixels that lie multiples of 4096 bytes apart share their lines of the first-level cache: not more than fit.
-        const int64_t apart = CACHE_BYTES / std::gcd(CACHE_BYTES, f.x_pixel * SIZE);
-        const int64_t most = std::min<int64_t>(ACCUMULATORS / wide, (CACHE_WAYS - 1) * apart);
+    // All pixels of a line; the group had `nth` tiles before.
+    void run_line(const Strip& s, const Field<T>& f, int64_t line, int64_t nth, Sink<T> sink) const {
         const int64_t tall = (q.kernel_height - 1) * q.dilation_y * f.row_step;
-        const bool far = !copies && f.pixels > 1 && g == 0 && q.height * q.width * q.channels * SIZE > 4 * COPIED_BYTES;
-        int64_t from = 0, to = column_ptr[g + 1] - column_ptr[g];
-        if (f.first_row >= 0) std::tie(from, to) = inside(g, f.first_row + line);
-        const int64_t pixels = std::min(f.pixels, pixels_out - (f.y + line * f.y_line - y) / q.out_channels);
-        const int64_t cuts = (pixels + most - 1) / most;
-        for (int64_t c = 0; c < cuts; c++) {
-            const int64_t first = c * pixels / cuts, here = (c + 1) * pixels / cuts - first;
-            const int64_t at = line * f.y_line + first * f.y_pixel;
-            if (far) prefetch(f.x + (line + 1) * f.x_line + first * f.x_pixel + tall, here * q.channels);
-            sink.y = f.y + at;
-            sink.residual = f.residual ? f.residual + at : nullptr;
-            const Ahead ahead = after(g, nth * cuts + c, of * cuts);
-            tile_for<T>(wide, static_cast<int>(here), sink.lanes)(f.x + line * f.x_line + first * f.x_pixel, f.x_pixel,
-                                                      offset, from, to, w, lanes, ahead, sink);
+        const bool far = !copies && f.pixels > 1 && s.g == 0 && q.height * q.width * q.channels * SIZE > 4 * COPIED_BYTES;
+        int64_t from = 0, to = column_ptr[s.g + 1] - column_ptr[s.g];
+        if (f.first_row >= 0) std::tie(from, to) = inside(s.g, f.first_row + line);
+        const Read<T>* x = f.x + line * f.x_line;
+        sink.y = f.y + line * f.y_line;
+        if (f.residual) sink.residual = f.residual + line * f.y_line;
+        const int64_t pixels = std::min(f.pixels, pixels_out - (sink.y - y) / q.out_channels);
+        const int64_t cuts = (pixels + s.most - 1) / s.most, longer = pixels % cuts;
+        for (int64_t c = 0, i = 0, here; c < cuts; c++, i += here) {
+            here = pixels / cuts + (c < longer);
+            if (f.per_row < pixels && f.first_row >= 0) {  // what the first of its image rows needs, or the last
+                from = inside(s.g, f.first_row + (i + here - 1) / f.per_row).first;
+                to = inside(s.g, f.first_row + i / f.per_row).second;
+            }
+            if (far) prefetch(x + s.place[i] + f.x_line + tall, here * q.channels);
+            const Tile<T> tile = tile_for<T>(static_cast<int>(s.vectors), static_cast<int>(here), sink.lanes);
+            tile(x, s.place + i, f.x_pixel, s.offset, from, to, s.w, s.lanes, s.next.of(nth + c), sink);
+            sink.y += here * f.y_pixel;
+            if (f.residual) sink.residual += here * f.y_pixel;
         }
     }
 

@@ -24,6 +24,7 @@ constexpr int LANES = 8, REGISTERS = 12, WIDEST = 2;
 #else
 constexpr int LANES = 4, REGISTERS = 12, WIDEST = 2;
 #endif
+constexpr bool NARROW = LANES < 16;  // few pixels are added up at once, so there is a pointer for each of them
 #ifdef FXSPARSE_FEW_TILES  // under sanitizers every tile takes seconds to compile
 constexpr int ACCUMULATORS = 4;
 #else
@@ -108,7 +109,10 @@ struct Sink {
 template <typename T, int V, int P>
 inline void put_lanes(const Vec (&sum)[P][V], const Sink<T>& sink) {
     float lane[P][V * LANES];
-    std::memcpy(lane, sum, sizeof sum);
+#pragma GCC unroll 32
+    for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) *reinterpret_cast<Vec*>(&lane[p][v * LANES]) = sum[p][v];
     const int64_t n = std::min<int64_t>(V * LANES, sink.lanes);
     if (sink.residual)
         for (int p = 0; p < P; p++)
@@ -190,6 +194,7 @@ inline void put_in_order(Vec (&sum)[P][V], const Sink<float>& sink) {
             for (int p = 0; p < P; p++)
                 *reinterpret_cast<Vec*>(to + p * sink.step + at) = sum[p][v];
         } else {
+#pragma GCC unroll 32
             for (int p = 0; p < P; p++) store_some(to + p * sink.step + at, sum[p][v], n);
         }
     }
@@ -211,27 +216,32 @@ struct Part<true> {
     typedef float Type __attribute__((vector_size(LANES / 2 * sizeof(float)), aligned(sizeof(float))));
 };
 
-// sum += the columns from `first` to `last`, P pixels x V vectors of rows.
+// sum += the columns from `first` to `last`, P pixels x V vectors of rows. Pixel p lies at line + place[p]; in wide vectors
+// `step` after the one before.
 template <bool HALF, int V, int P>
-inline __attribute__((always_inline)) void add_columns(typename Part<HALF>::Type (&sum)[P][V], const float* x,
-                                                       int64_t step, const int32_t* offset, int64_t first, int64_t last,
-                                                       const float* w, int64_t lanes, const Ahead& ahead) {
+inline __attribute__((always_inline)) void add_columns(typename Part<HALF>::Type (&sum)[P][V], const float* line,
+                                                       const int64_t* place, int64_t step, const int32_t* offset,
+                                                       int64_t first, int64_t last, const float* w, int64_t lanes,
+                                                       const Ahead& ahead) {
     typedef typename Part<HALF>::Type Sum;
     const float* pixel[P];
-    for (int p = 0; p < P; p++) pixel[p] = x + p * step;
+    for (int p = 0; p < P; p++) {
+        pixel[p] = line + place[p];
+        if (NARROW) asm("" : "+r"(pixel[p]));  // or g++ adds `line` and `place` up again for every column
+    }
     const auto add = [&](int64_t k) __attribute__((always_inline)) {
-        const float* at = x + offset[k];
+        const float* at = pixel[0] + offset[k];
         Sum weight[V];
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++) weight[v] = reinterpret_cast<const Sum*>(w + k * lanes)[v];
 #pragma GCC unroll 32
         for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
-            for (int v = 0; v < V; v++)  // a pointer for each pixel, while there are registers for all of them
-                sum[p][v] += weight[v] * (LANES < 16 ? pixel[p][offset[k]] : at[p * step]);
+            for (int v = 0; v < V; v++)
+                sum[p][v] += weight[v] * (NARROW ? pixel[p][offset[k]] : at[p * step]);
     };
     int64_t k = first;
-    for (; LANES < 16 && k + 1 < last; k += 2) {  // narrow vectors are limited by the number of instructions
+    for (; NARROW && k + 1 < last; k += 2) {  // narrow vectors are limited by the number of instructions
         __builtin_prefetch(ahead.from + k * ahead.step, 0, 2);
         add(k);
         add(k + 1);
@@ -260,10 +270,12 @@ inline __attribute__((always_inline)) void add_pair(Vec (&sum)[P][V], const BFlo
 }
 
 template <bool HALF, int V, int P>
-inline __attribute__((always_inline)) void add_columns(Vec (&sum)[P][V], const BFloat16* x, int64_t step,
-                                                       const int32_t* offset, int64_t first, int64_t last,
-                                                       const BFloat16* w, int64_t lanes, const Ahead& ahead) {
+inline __attribute__((always_inline)) void add_columns(Vec (&sum)[P][V], const BFloat16* line,
+                                                       const int64_t* place, int64_t step, const int32_t* offset,
+                                                       int64_t first, int64_t last, const BFloat16* w, int64_t lanes,
+                                                       const Ahead& ahead) {
     constexpr __mmask32 ODD = 0xAAAAAAAAu;
+    const BFloat16* x = line + place[0];
     int64_t k = first;
     if (k % 2 && k < last) {
         const BFloat16* at = x + offset[k];
@@ -294,8 +306,8 @@ inline __attribute__((always_inline)) void put(Vec (&sum)[P][V], const Sink<T>& 
 
 // All columns, in chains of equal length that are summed up apart: registers first, then their sums.
 template <typename T, int V, int P, bool HALF = false>
-void tile(const Read<T>* x, int64_t step, const int32_t* offset, int64_t from, int64_t to, const Read<T>* w,
-          int64_t lanes, const Ahead& ahead, const Sink<T>& sink) {
+void tile(const Read<T>* line, const int64_t* place, int64_t step, const int32_t* offset, int64_t from, int64_t to,
+          const Read<T>* w, int64_t lanes, const Ahead& ahead, const Sink<T>& sink) {
     typedef typename Part<HALF>::Type Sum;
     Sum sum[P][V];
 #pragma GCC unroll 32
@@ -313,35 +325,40 @@ void tile(const Read<T>* x, int64_t step, const int32_t* offset, int64_t from, i
     }
     const int64_t columns = to - from, chains = (columns + CHAIN - 1) / CHAIN;
     if (chains <= 1) {
-        add_columns<HALF, V, P>(sum, x, step, offset, from, to, w, lanes, ahead);
+        add_columns<HALF, V, P>(sum, line, place, step, offset, from, to, w, lanes, ahead);
     } else {
         Sum total[P][V];
-        std::memcpy(total, sum, sizeof sum);
+#pragma GCC unroll 32
+        for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) total[p][v] = sum[p][v];
         for (int64_t c = 0; c < chains; c++) {
 #pragma GCC unroll 32
             for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
                 for (int v = 0; v < V; v++) sum[p][v] = Sum{};
-            add_columns<HALF, V, P>(sum, x, step, offset, from + c * columns / chains, from + (c + 1) * columns / chains, w,
-                              lanes, ahead);
+            add_columns<HALF, V, P>(sum, line, place, step, offset, from + c * columns / chains,
+                                    from + (c + 1) * columns / chains, w, lanes, ahead);
 #pragma GCC unroll 32
             for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
                 for (int v = 0; v < V; v++) sum[p][v] = total[p][v] = total[p][v] + sum[p][v];
         }
     }
-    if constexpr (HALF) {
-        Vec whole[P][V]{};
-        for (int p = 0; p < P; p++) std::memcpy(&whole[p][0], &sum[p][0], sizeof(Sum));
-        put<T, V, P>(whole, sink);
-    } else {
-        put<T, V, P>(sum, sink);
-    }
+    Vec whole[P][V];  // not `sum`: what `put` takes the address of would be kept in memory all along
+#pragma GCC unroll 32
+    for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) {
+            if constexpr (HALF) std::memcpy(&(whole[p][v] = Vec{}), &sum[p][v], sizeof(Sum));
+            else whole[p][v] = sum[p][v];
+        }
+    put<T, V, P>(whole, sink);
 }
 
 template <typename T>
-using Tile = void (*)(const Read<T>*, int64_t, const int32_t*, int64_t, int64_t, const Read<T>*, int64_t, const Ahead&,
-                      const Sink<T>&);
+using Tile = void (*)(const Read<T>*, const int64_t*, int64_t, const int32_t*, int64_t, int64_t, const Read<T>*, int64_t,
+                      const Ahead&, const Sink<T>&);
 
 template <typename T, int V, int... P>
 constexpr Tile<T> pick(int pixels, std::integer_sequence<int, P...>) {
