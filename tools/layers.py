@@ -89,10 +89,10 @@ def _row(
     dense = onednn_convolution(x, weight, [stride, padding, 1], 1)
     if dense is None:
         raise SystemExit("tools.layers compares with oneDNN on a CPU, and this build of torch has none")
-    out = multiply(packed, inside, stride=[stride] * 2, padding=[padding] * 2)  # Inductor plans its memory
+    out = multiply(packed, inside, stride=[stride] * 2, padding=[padding] * 2)
     sizes = (list(packed.shape), [stride] * 2, [padding] * 2, [1, 1], "none")
-    call = partial(shuffled_block_into, inside, *packed.tensors, None, None, *sizes, out)
-    runs = interleave({"dense": dense, "packed": call}, seconds=0.5)
+    call = partial(shuffled_block_into, inside, *packed.tensors, None, None, *sizes)
+    runs = interleave({"dense": dense, "packed": lambda: call(torch.empty_like(out))}, seconds=0.5)  # both allocate
     command = (
         f"python -m tools.layers --threads {arguments.threads} --batch {arguments.batch} --dtype {arguments.dtype}"
     )
@@ -146,7 +146,15 @@ def _measured(runs: Runs, dense: str, density: float, arguments: argparse.Namesp
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line per layer, dtype and number of threads, one column per kind: speedup, and the share of the ideal."""
+    """One line per layer, dtype and number of threads, one column per kind: speedup, and the share of the ideal.
+
+    One table for each machine.
+    """
+    machines = dict.fromkeys(r["machine"] for r in rows)
+    return "\n\n".join(_layers_of([r for r in rows if r["machine"] == machine]) for machine in machines)
+
+
+def _layers_of(rows: Sequence[Mapping[str, Any]]) -> str:
     lines: dict[tuple[str, ...], dict[str, str]] = {}
     for r in rows:
         cells = lines.setdefault((r["layer"], r["dtype"], str(r["threads"])), {})
