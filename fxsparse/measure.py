@@ -25,7 +25,7 @@ from torch import Tensor, fx
 from fxsparse.formats.n_m import NM
 from fxsparse.formats.n_m_op import n_m_into
 from fxsparse.formats.shuffled_block import ShuffledBlock
-from fxsparse.formats.shuffled_block_op import multiply, pair, shuffled_block_into
+from fxsparse.formats.shuffled_block_op import as_run, multiply, pair, shuffled_block_into
 from fxsparse.ir.files import replacing
 from fxsparse.ir.graph import arg, aten
 from fxsparse.ir.symbols import concrete
@@ -223,6 +223,7 @@ def _shuffled_block_case(packed: ShuffledBlock, node: fx.Node, batch: int) -> _C
     if node.target is aten.conv2d.default:
         geometry = {n: pair(arg(node, n)) for n in ("stride", "padding", "dilation")}
         shape = [shape[i] for i in (0, 2, 3, 1)]
+    packed = as_run(packed)
     blocks = hashlib.sha256(packed.row_ptr.numpy().tobytes() + packed.columns.numpy().tobytes()).hexdigest()[:16]
     source = digest("shuffled_block")
     key = ("shuffled_block", source, tuple(shape), packed.shape, str(geometry), blocks, str(val.dtype))

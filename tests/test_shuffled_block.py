@@ -19,7 +19,7 @@ from torch import Tensor
 from fxsparse.errors import InputError, TargetError
 from fxsparse.formats import FORMATS
 from fxsparse.formats.grouping import cost, group_rows
-from fxsparse.formats.shuffled_block import ShuffledBlock, pack, unpack
+from fxsparse.formats.shuffled_block import ShuffledBlock, pack, split, unpack
 from fxsparse.formats.shuffled_block_op import multiply, reference, shuffled_block, shuffled_block_into
 from fxsparse.kernels import build
 from fxsparse.kernels.cpu import shuffled_block as kernel
@@ -375,6 +375,21 @@ def test_the_format_gives_the_weight_back(dtype: torch.dtype) -> None:
     for shape in ((40, 12), (33, 5, 3, 3), (1, 1)):
         w = blocks(shape, 16, 0.4, 0).to(dtype)
         assert torch.equal(form.unpack(form.pack(w)), w)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "rows"), [((75, 9, 3, 3), 40), ((130, 33), 64), ((20, 7), 5), ((70, 12), 70)])
+def test_groups_are_split_for_narrow_vectors(shape: tuple[int, ...], rows: int, dtype: torch.dtype) -> None:
+    w = blocks(shape, rows, 0.4, 0).to(dtype)
+    w[3], w[-1] = 0, 0
+    packed = pack(w)
+    parts = split(packed)
+    assert int(parts.row_ptr.diff().max()) <= 16
+    assert len(parts.values) == len(packed.values)
+    assert torch.equal(unpack(parts), w)
+    if len(shape) == 2:
+        x = torch.randn(21, shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
+        torch.testing.assert_close(multiply(parts, x), multiply(packed, x))
 
 
 def test_a_weight_of_another_rank_is_refused() -> None:

@@ -31,7 +31,7 @@ from fxsparse.formats.n_m import pack as pack_n_m
 from fxsparse.formats.n_m_op import multiply as multiply_n_m
 from fxsparse.formats.n_m_op import n_m_into
 from fxsparse.formats.shuffled_block import pack
-from fxsparse.formats.shuffled_block_op import multiply, shuffled_block_into
+from fxsparse.formats.shuffled_block_op import as_run, multiply, shuffled_block_into
 from fxsparse.measure import Runs, cpu_name, interleave, onednn_convolution, onednn_linear
 from tools.bench import ROWS, git, load_rows
 from tools.block_recipes import block_mask
@@ -84,7 +84,7 @@ def _row(
     weight = (weight * block_mask(weight, torch.arange(outs), 1 - density, rows, generator)).to(dtype)
     x = torch.randn(arguments.batch, ins, side, side, generator=generator)
     x = x.to(dtype, memory_format=torch.channels_last)
-    inside, packed = x.permute(0, 2, 3, 1), pack(weight)
+    inside, packed = x.permute(0, 2, 3, 1), as_run(pack(weight))
     padding = kernel // 2
     dense = onednn_convolution(x, weight, [stride, padding, 1], 1)
     if dense is None:

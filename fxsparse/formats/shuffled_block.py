@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -145,6 +145,28 @@ def apart(values: Tensor, columns: int) -> Tensor:
     if values.dtype != torch.bfloat16:
         return values.view(columns, -1)
     return values.view((columns + 1) // 2, -1, 2).transpose(1, 2).flatten(0, 1)[:columns]
+
+
+def split(packed: ShuffledBlock) -> ShuffledBlock:
+    """The same weight in groups of at most 16 rows, for kernels that take no more rows at once.
+
+    Those read a part of every column's values, which lie beside each other only if it is all of them.
+    """
+    counts, taken, parts = packed.row_ptr.diff().tolist(), packed.column_ptr.diff().tolist(), []
+    together = 2 if packed.values.dtype == torch.bfloat16 else 1
+    for g, (rows, columns) in enumerate(zip(counts, taken, strict=True)):
+        block = packed.values[int(packed.value_ptr[g]) : int(packed.value_ptr[g + 1])]
+        block = block.view(-(-columns // together), -(-rows // LANES) * LANES, together)
+        column = packed.columns[int(packed.column_ptr[g]) : int(packed.column_ptr[g + 1])]
+        parts += [(min(LANES, rows - i), column, block[:, i : i + LANES].flatten()) for i in range(0, rows, LANES)]
+    return replace(
+        packed,
+        values=torch.cat([p[2] for p in parts]) if parts else packed.values,
+        value_ptr=_pointers([len(p[2]) for p in parts], torch.int64),
+        columns=torch.cat([p[1] for p in parts]) if parts else packed.columns,
+        column_ptr=_pointers([len(p[1]) for p in parts], torch.int32),
+        row_ptr=_pointers([p[0] for p in parts], torch.int32),
+    )
 
 
 def _as_rows(weight: Tensor) -> Tensor:
