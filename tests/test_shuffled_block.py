@@ -170,8 +170,8 @@ def test_nan_stays_nan(activation: str) -> None:
 
 @pytest.mark.parametrize("isa", ["AVX512", "AVX2", "DEFAULT"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [(2, 20, 13, 23), (1, 39, 21, 300)])
-def test_narrower_vectors_give_the_same(isa: str, dtype: torch.dtype, size: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(("size", "atol"), [((2, 20, 13, 23), 1e-5), ((1, 39, 21, 300), 1e-4)])
+def test_narrower_vectors_give_the_same(isa: str, dtype: torch.dtype, size: tuple[int, ...], atol: float) -> None:
     if list(build._ISA).index(isa) < list(build._ISA).index(build.instruction_set()):
         pytest.skip(f"this processor has no {isa}")
     w, x = blocks((100, size[3], 3, 3), 32, 0.4, 0).to(dtype), torch.randn(size).to(dtype)
@@ -179,7 +179,7 @@ def test_narrower_vectors_give_the_same(isa: str, dtype: torch.dtype, size: tupl
     kernel.run(x, y, packed.tensors, None, None, ((3, 3), (1, 1), (1, 1), (1, 1)), "relu", isa=isa)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     expected = multiply(packed, x, padding=(1, 1), activation="relu")
-    torch.testing.assert_close(y, expected, rtol=tolerance, atol=1e-5 * size[3] ** 0.5)
+    torch.testing.assert_close(y, expected, rtol=tolerance, atol=atol)
 
 
 def test_a_batch_of_nothing_gives_nothing() -> None:
