@@ -28,7 +28,7 @@ from fxsparse.ir.graph import clone, erase_unused, flat
 from fxsparse.ir.inputs import Call, batch_size, device_of, signature_of
 from fxsparse.ir.masks import Masks
 from fxsparse.ir.symbols import concrete, open_sizes, symbolic_dims
-from fxsparse.measure import LayerTimes, cpu_name
+from fxsparse.measure import LayerTimes, device_name
 from fxsparse.module import Build, SparseModule
 from fxsparse.passes import STORAGE, STRUCTURE, Context, canonicalize, name_of
 from fxsparse.passes import run as run_passes
@@ -349,7 +349,7 @@ def environment(inputs: Any) -> dict[str, str]:
     return {
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "device": device_name(device),
         "threads": str(torch.get_num_threads()),
         "inputs": ", ".join(f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')}" for x in tensors),
         "date": date.today().isoformat(),

@@ -17,13 +17,10 @@ from fxsparse.errors import FxSparseError, TargetError, first_line
 from fxsparse.ir.decision import Decision
 from fxsparse.ir.graph import clone, get_tensor, is_ours, set_tensor
 from fxsparse.ir.inputs import Prepare, as_is, channels_last, inputs_channels_last
-from fxsparse.measure import Runs, interleave, play_off
+from fxsparse.measure import NEAR_TIE, Runs, play_off, settled
 from fxsparse.report import Timing
 
 log = logging.getLogger("fxsparse")
-
-NEAR_TIE = 1.1  # a ratio of times that is nearer to 1 is measured longer
-AGAIN = (6, 600)  # rounds, at least and at most
 
 
 @dataclass
@@ -92,10 +89,10 @@ def contest(
     rivals = dense_builds(dense, inputs, target, any_size)
     ours, best, runs = _fastest(competing, rivals, inputs)
     timed = runs.ms
-    if not any_size and (refined := _refined(ours, [b for b in rivals if b.target is ours.target], runs, inputs)):
+    if not any_size and (refined := _refined(competing, rivals, runs, inputs)):
         ours, best, runs = _fastest([ours, refined[0]], [best, refined[1]], inputs)
         timed = {**timed, **runs.ms}
-    runs = _settled(runs, best, ours, inputs)
+    runs = settled(runs, best.name, ours.name, {b.name: _call(b, inputs) for b in (best, ours)})
     ratios, timed = runs.ratios(best.name, ours.name), {**timed, **runs.ms}
     faster = ratios[len(ratios) // 2] >= 1.0
     won = ours if faster else best
@@ -177,34 +174,37 @@ def _fastest(own: Sequence[_Build], rivals: Sequence[_Build], inputs: Sequence[A
     return next(b for b in own if b.name == first), next(b for b in rivals if b.name == second), runs
 
 
-def _settled(runs: Runs, best: _Build, ours: _Build, inputs: Sequence[Any]) -> Runs:
-    """With more rounds of the two where they are close: what else the machine does comes and goes within seconds."""
-    ratios = runs.ratios(best.name, ours.name)
-    if not 1 / NEAR_TIE < ratios[len(ratios) // 2] < NEAR_TIE:
-        return runs
-    return runs.and_then(interleave({b.name: _call(b, inputs) for b in (ours, best)}, bounds=AGAIN))
-
-
-def _refined(ours: _Build, rivals: Sequence[_Build], runs: Runs, inputs: Sequence[Any]) -> tuple[_Build, _Build] | None:
-    """`ours` and the fastest of `rivals`, lowered by a target that makes more of both; None where none is worthwhile.
+def _refined(
+    own: Sequence[_Build], rivals: Sequence[_Build], runs: Runs, inputs: Sequence[Any]
+) -> tuple[_Build, _Build] | None:
+    """The fastest of each on one target, lowered by another that makes more of both; None where none is worthwhile.
 
     Both or neither: the rewritten graph must not win by what the dense one was not given.
     """
-    own_ms = runs.median(ours.name)
-    refining = (t for t in TARGETS.values() if t.refines == ours.target.name and t.worthwhile(ours.gm, own_ms))
-    target = next(refining, None)
-    if target is None:
-        return None
+
+    def ms(build: _Build) -> float:
+        return runs.median(build.name)
+
+    for target in TARGETS.values():
+        mine, theirs = ([b for b in builds if b.target.name == target.refines] for builds in (own, rivals))
+        ours = min(mine, key=ms, default=None)
+        if ours is None or not theirs or ms(ours) > NEAR_TIE * min(map(ms, own)):
+            continue
+        if target.worthwhile(ours.gm, ms(ours)):
+            return _lowered_by(target, ours, min(theirs, key=ms), inputs)
+    return None
+
+
+def _lowered_by(target: Target, ours: _Build, rival: _Build, inputs: Sequence[Any]) -> tuple[_Build, _Build] | None:
     log.info("lower (%s)", target.name)
-    rival = min(rivals, key=lambda b: runs.median(b.name))
     try:
-        return _lowered_by(target, ours, inputs), _lowered_by(target, rival, inputs)
+        return _again(target, ours, inputs), _again(target, rival, inputs)
     except Exception as error:  # noqa: BLE001 - a compiler's failure, and what it should have improved on works
         log.warning("target %r could not lower it: %s", target.name, first_line(error))
         return None
 
 
-def _lowered_by(target: Target, build: _Build, inputs: Sequence[Any]) -> _Build:
+def _again(target: Target, build: _Build, inputs: Sequence[Any]) -> _Build:
     run = target.lower(build.gm, build.prepare(inputs))
     return _Build(build.name.replace(build.target.name, target.name), build.gm, run, build.prepare, target)
 

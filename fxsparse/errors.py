@@ -53,15 +53,9 @@ def _rebuild(kind: type[FxSparseError], where: str, expected: str, got: str, do:
 
 
 def first_line(error: BaseException) -> str:
-    """`ValueError: too deep`: the kind of another library's error and the first line of what it says."""
-    text = next(iter(str(error).splitlines()), "").rstrip(".")
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def first_words(error: BaseException) -> str:
-    """The first line that is not empty of what an error says, at most 300 characters."""
+    """`ValueError: too deep`: the kind of someone else's error, and the first line it says, at most 300 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:300] if lines else "(no message)"
+    return ": ".join([type(error).__name__, *(line[:300].rstrip(".") for line in lines[:1])])
 
 
 def near(name: str, known: Iterable[str]) -> str:

@@ -36,6 +36,8 @@ QUALIFYING_ROUNDS = (1, 3)
 QUALIFYING_SECONDS = 3.0
 SLOW_MS = 250.0  # a run that long streams more than any cache holds: running it once more first changes nothing
 CLOSE = 1.15  # a rival that far behind the fastest rival after the first rounds is not timed further
+NEAR_TIE = 1.1  # a ratio of times that is nearer to 1 is measured longer,
+AGAIN = (6, 600)  # for so many rounds
 SECONDS = 6.0  # stop after this long once the least number of rounds is done
 
 
@@ -82,6 +84,14 @@ def play_off(ours: Mapping[str, Build], rivals: Mapping[str, Build], seconds: fl
     limit = CLOSE * first.median(first.fastest(list(rivals)))
     last = {name: build for name, build in rivals.items() if first.median(name) <= limit}
     return Runs({**first.ms, **interleave({**ours, **last}, seconds).ms})
+
+
+def settled(runs: Runs, a: str, b: str, builds: Mapping[str, Build]) -> Runs:
+    """With more rounds of these two where they are close: what else the machine does comes and goes within seconds."""
+    ratios = runs.ratios(a, b)
+    if not 1 / NEAR_TIE < ratios[len(ratios) // 2] < NEAR_TIE:
+        return runs
+    return runs.and_then(interleave({name: builds[name] for name in (a, b)}, bounds=AGAIN))
 
 
 def interleave(builds: Mapping[str, Build], seconds: float = SECONDS, bounds: tuple[int, int] = ROUNDS) -> Runs:
@@ -186,7 +196,7 @@ class _Case:
         shape = concrete(cast(fx.Node, node.args[0]), batch)
         if node.target is aten.linear.default:
             shape[-1] = columns
-            key = ("linear or onednn", tuple(shape), rows, str(weight.dtype), str(weight.device))
+            key = ("linear or onednn", tuple(shape), rows, *_kind(weight))
             return _Case(key, lambda: _linear(_ones(shape, weight), _ones([rows, columns], weight)))
         return _convolution(node, shape, weight, rows, columns)
 
@@ -205,7 +215,7 @@ def _packed_case(packed: object, node: fx.Node, batch: int) -> _Case:
 def _n_m_case(packed: NM, node: fx.Node, batch: int) -> _Case:
     val = cast(fx.Node, node.args[0]).meta["val"]
     shape = concrete(cast(fx.Node, node.args[0]), batch)
-    key = ("n_m", digest("n_m"), tuple(shape), packed.shape, packed.n, packed.m, str(val.dtype))
+    key = ("n_m", digest("n_m"), tuple(shape), packed.shape, packed.n, packed.m, *_kind(val))
 
     def make() -> Callable[[], object]:
         x, out = _ones(shape, val), _ones([*shape[:-1], packed.shape[0]], val)
@@ -226,7 +236,7 @@ def _shuffled_block_case(packed: ShuffledBlock, node: fx.Node, batch: int) -> _C
     packed = as_run(packed)
     blocks = hashlib.sha256(packed.row_ptr.numpy().tobytes() + packed.columns.numpy().tobytes()).hexdigest()[:16]
     source = digest("shuffled_block")
-    key = ("shuffled_block", source, tuple(shape), packed.shape, str(geometry), blocks, str(val.dtype))
+    key = ("shuffled_block", source, tuple(shape), packed.shape, str(geometry), blocks, *_kind(val))
 
     def make() -> Callable[[], object]:
         x = _ones(shape, val)
@@ -237,6 +247,11 @@ def _shuffled_block_case(packed: ShuffledBlock, node: fx.Node, batch: int) -> _C
         return lambda: shuffled_block_into(*arguments, torch.empty_like(out))
 
     return _Case(key, make)
+
+
+def _kind(x: Tensor) -> tuple[str, str]:
+    """What a time depends on beside shapes."""
+    return str(x.dtype), device_name(x.device)
 
 
 def _ones(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -275,7 +290,7 @@ def _convolution(node: fx.Node, shape: list[int], weight: Tensor, rows: int, col
     shape[channel] = columns * groups
     taps = list(weight.shape[2:])
     settings = [arg(node, name) for name in ("stride", "padding", "dilation")]
-    key = ("conv", tuple(shape), rows, tuple(taps), str(settings), groups, str(weight.dtype), str(weight.device))
+    key = ("conv", tuple(shape), rows, tuple(taps), str(settings), groups, *_kind(weight))
 
     def make() -> Callable[[], object]:
         x, w = _ones(shape, weight), _ones([rows, columns, *taps], weight)
@@ -310,6 +325,12 @@ def _machine_key() -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's: what a time was measured on."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+@functools.cache
 def cpu_name() -> str:
     """The processor's own name, as the system tells it, and its vectors: clouds call several generations "AMD EPYC"."""
     try:

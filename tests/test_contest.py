@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, fx, nn
 
 import fxsparse
-from fxsparse import VerificationError
+from fxsparse import VerificationError, contest
 from fxsparse.backend import TARGETS
 from fxsparse.backend.eager import Eager
 from fxsparse.backend.inductor_cpp import FEWEST_CALLS, MOST_OURS, InductorCpp
 from fxsparse.backend.target import Runnable
 from fxsparse.deploy.onnx_runtime import OnnxSession
 from fxsparse.ir.capture import capture
+from fxsparse.ir.inputs import as_is
 from fxsparse.measure import Runs
 from tests.test_compile import Net, agree, images, masks_of, zeroed
 from tests.test_storage import Of, conv
@@ -98,6 +99,18 @@ def test_what_gains_nothing_by_it_stays_as_it_was(monkeypatch: pytest.MonkeyPatc
     assert (lowered_by.name, fast.report.sparse_ms) == ("eager", 2.0)
 
 
+@pytest.mark.parametrize(("eager_ms", "lowered"), [(1.05, True), (1.2, False)])
+def test_a_close_second_is_lowered_again_too(monkeypatch: pytest.MonkeyPatch, eager_ms: float, lowered: bool) -> None:
+    quick, gm = Quick(), layers(1)
+    monkeypatch.setitem(TARGETS, "quick", quick)
+    first = contest._Build("sparse: onnx", gm, gm, as_is, TARGETS["onnx"])
+    second = contest._Build("sparse: eager", gm, gm, as_is, TARGETS["eager"])
+    rival = contest._Build("eager, contiguous", gm, gm, as_is, TARGETS["eager"])
+    runs = Runs({"sparse: onnx": [1.0], "sparse: eager": [eager_ms], "eager, contiguous": [3.0]})
+    found = contest._refined([first, second], [rival], runs, [torch.randn(2, 4)])
+    assert [b.name for b in found or ()] == (["sparse: quick", "quick, contiguous"] if lowered else [])
+
+
 def test_where_it_is_not_worthwhile_nothing_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
     quick = Quick(worthwhile=False)
     fast = compiled(monkeypatch, quick, SPARSE_GAINS)
@@ -114,7 +127,7 @@ def test_what_is_close_is_timed_longer_and_that_decides(
     def interleave(builds: Mapping[str, Callable[[], object]], bounds: tuple[int, int]) -> Runs:
         return Runs({name: [3.6 if name.startswith("sparse") else 3.5] * 20 for name in builds})
 
-    monkeypatch.setattr("fxsparse.contest.interleave", interleave)
+    monkeypatch.setattr("fxsparse.measure.interleave", interleave)
     times = SPARSE_GAINS | {"sparse: eager": sparse_ms}
     report = compiled(monkeypatch, Quick(worthwhile=False), times).report
     assert report.chosen == chosen

@@ -115,8 +115,8 @@ def _n_m_row(sizes: tuple[int, int], tokens: int, dtype: torch.dtype, arguments:
         "mkl": _mkl(x, weight),
     }  # fmt: skip
     builds = {name: call for name, call in dense.items() if call is not None}
-    call = partial(n_m_into, x, packed.values, packed.codes, None, [outs, ins], 2, 4, multiply_n_m(packed, x))
-    runs = interleave({**builds, "packed": call}, seconds=1.0)
+    out, call = multiply_n_m(packed, x), partial(n_m_into, x, packed.values, packed.codes, None, [outs, ins], 2, 4)
+    runs = interleave({**builds, "packed": lambda: call(torch.empty_like(out))}, seconds=1.0)  # all allocate
     command = f"python -m tools.layers --format n_m --threads {arguments.threads}"
     return {
         "layer": f"{ins}->{outs}", "tokens": tokens, "dtype": str(dtype).removeprefix("torch."),

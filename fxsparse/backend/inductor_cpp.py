@@ -14,10 +14,10 @@ from fxsparse.analysis.reasons import is_layer
 from fxsparse.backend.inductor import Inductor
 from fxsparse.ir.graph import is_ours
 
-CALL_US = 20.0  # what calling a layer's kernel costs in Python and not in C++
-WORTH = 0.05  # the part of the time that is worth a longer compilation
-FEWEST_CALLS = 16  # models of a few layers take microseconds either way
-MOST_OURS = 8  # of our operators: their calls take the C++ compiler a second each
+CALL_US = 30.0  # what calling a layer's kernel costs in Python and not in C++
+WORTH = 0.03  # the part of the time that is worth a longer compilation
+FEWEST_CALLS = 12  # models of a few layers take microseconds either way
+MOST_OURS = 20  # of our operators: their calls take the C++ compiler a second each
 
 
 class InductorCpp(Inductor):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxsparse.deploy.standard import StandardGraph, standard
-from fxsparse.errors import TargetError, first_words
+from fxsparse.errors import TargetError, first_line
 from fxsparse.ir.files import replacing
 
 OPSET = 20  # every TensorRT from 10.0 on reads it
@@ -107,7 +107,7 @@ def check_proto(proto: Any) -> None:
     try:
         onnx.checker.check_model(proto, full_check=proto.ByteSize() < SINGLE_FILE_BYTES)
     except Exception as error:  # noqa: BLE001 - of three modules
-        foreign.append(f"{type(error).__name__}: {first_words(error)}")
+        foreign.append(first_line(error))
     if foreign:
         raise TargetError("ONNX model", expected="standard operators that onnx.checker accepts",
                           got=", ".join(foreign), do="Please report it, with the model.")  # fmt: skip
@@ -205,5 +205,5 @@ def _refused(error: Exception) -> TargetError:
     while cause.__cause__ is not None and isinstance(cause.__cause__, Exception):
         cause = cause.__cause__
     return TargetError("ONNX model", expected="operators that torch.onnx can translate",
-                       got=f"{type(cause).__name__}: {first_words(cause)}",
+                       got=first_line(cause),
                        do="Replace the operator it names, or compile for target='inductor'.")  # fmt: skip

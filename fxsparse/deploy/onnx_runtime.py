@@ -11,7 +11,7 @@ import torch
 
 from fxsparse.deploy.onnx_model import SINGLE_FILE_BYTES, OnnxModel, save
 from fxsparse.deploy.standard import filled
-from fxsparse.errors import InputError, TargetError, first_words
+from fxsparse.errors import InputError, TargetError, first_line
 
 
 class OnnxSession:
@@ -71,7 +71,7 @@ def _load(model: OnnxModel, options: Any) -> Any:
 
 def _failed(error: Exception) -> InputError:
     return InputError("inputs of a model in ONNX Runtime", expected="values that every operator takes",
-                      got=f"{type(error).__name__}: {first_words(error)}",
+                      got=first_line(error),
                       do="Is an index beyond its table? target='eager' runs the same graph in PyTorch.")  # fmt: skip
 
 
@@ -79,6 +79,6 @@ def _refused(error: Exception) -> TargetError:
     return TargetError(
         "target 'onnx'",
         expected="operators that ONNX Runtime's CPU kernels compute",
-        got=f"{type(error).__name__}: {first_words(error)}",
+        got=first_line(error),
         do="Use float32 or float16; for the file alone: fxsparse.export_onnx(sparse, path, verify=False).",
     )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxsparse.errors import CaptureError, InputError, first_words
+from fxsparse.errors import CaptureError, InputError, first_line
 from fxsparse.ir.graph import arg, aten, clone, get_tensor, has_attribute, operator_name, owner, set_tensor
 from fxsparse.ir.inputs import Call, with_symbolic_batch
 from fxsparse.ir.masks import Masks
@@ -97,7 +97,7 @@ def _evaluate(model: nn.Module) -> None:
     try:
         model.eval()
     except Exception as error:  # noqa: BLE001 - torch.export's modules refuse; a user's own may raise anything
-        got = f"one whose eval() raises {type(error).__name__}: {first_words(error)}"
+        got = f"one whose eval() raises {first_line(error)}"
         advice = "Compile the model that was exported rather than what torch.export made of it."
         raise _cannot(model, "a model with an evaluation mode", got, advice) from None
 
@@ -126,7 +126,7 @@ def _explain(model: nn.Module, call: Call, error: Exception, dynamic_batch: bool
         return InputError(
             f"example_inputs for {name}",
             expected="inputs the model itself accepts",
-            got=f"{_describe(call)}, and the model raises {type(cause).__name__}: {first_words(cause)}",
+            got=f"{_describe(call)}, and the model raises {first_line(cause)}",
             do="Pass what the model is called with: a tuple for model(*example_inputs), or a dict for "
             "model(**example_inputs).",
         )
@@ -138,7 +138,7 @@ def _explain(model: nn.Module, call: Call, error: Exception, dynamic_batch: bool
     hints = ("batch", ".size()[0]", ".shape[0]", "name 'L' is not defined")
     if dynamic_batch and any(hint in str(error) for hint in hints):
         advice = "If the model only works at one batch size, pass dynamic_batch=False. " + advice
-    got = f"{type(error).__name__}: {first_words(error)}"
+    got = first_line(error)
     return _cannot(model, "a model that torch.export can follow (strict=False)", got, advice)
 
 
