@@ -119,6 +119,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--target", default="inductor")
     parser.add_argument("--seconds", type=float, default=12.0, help="timing budget of one case")
+    parser.add_argument("--no-slim", dest="slim", action="store_false", help="build no natively slim model")
     parser.add_argument("--entrance", action="store_true", help="also time torch.compile(model, backend='fxsparse')")
     parser.add_argument("--suite", choices=list(SUITES), help="run every case of a suite that OUT lacks")
     parser.add_argument("--out", type=Path, help="append rows here (default: print only)")
@@ -138,6 +139,7 @@ def run_suite(arguments: argparse.Namespace) -> int:
         flags = [part for key, value in case.items() for part in (f"--{key}", str(value))]
         flags += ["--device", arguments.device, "--seconds", str(arguments.seconds)]
         flags += ["--out", str(arguments.out)] if arguments.out else []
+        flags += ["--no-slim"] if arguments.suite == "matrix" or not arguments.slim else []
         failed += subprocess.run([sys.executable, "-m", "tools.bench", *flags], cwd=ROOT, check=False).returncode != 0
     return int(failed > 0)
 
@@ -158,7 +160,7 @@ def run_case(arguments: argparse.Namespace) -> dict[str, Any]:
         ours["torch.compile"] = _torch_compile(model, masks, inputs, arguments.target)
     rivals = _dense(model, masks, inputs) | _onnxruntime(model, masks, inputs)
     with _Stages() as slim_stages:
-        if arguments.recipe in RECIPES or arguments.recipe == "refill_coupled":
+        if arguments.slim and (arguments.recipe in RECIPES or arguments.recipe == "refill_coupled"):
             ours |= _slim(model, fast.report, inputs, arguments.target)
     runs = play_off(ours, rivals, arguments.seconds)
     runs = settled(runs, runs.fastest(list(rivals)), "fxsparse", {**ours, **rivals})
