@@ -43,7 +43,7 @@ class Setup:
     """How large a network is trained for how long: width of its first stage, epochs, pruning rounds."""
 
     width: int = 64
-    epochs: int = 8
+    epochs: int = 5
     rounds: int = 4
 
     @property
