@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from fxsparse.errors import VerificationError, first_line
-from fxsparse.ir.graph import clone, get_tensor, set_tensor
+from fxsparse.ir.graph import clone, get_tensor, release, set_tensor
 from fxsparse.ir.inputs import in_order
 
 SLACK = 4.0  # another order of summation makes an error of the same size, not the same error; maxima vary by a few
@@ -84,6 +84,8 @@ def reference(flat_gm: fx.GraphModule, inputs: Sequence[Any]) -> Reference:
             generator = torch.Generator().manual_seed(0)
             shaken = _shaken(wide, generator)
             others.append(_outputs(shaken(*[_shake(x, generator) for x in inputs])))
+            release(shaken)
+    release(wide)
     allowed = [max(map(_allowed, own, itertools.repeat(y))) for y, *own in zip(exact, *others, strict=True)]
     return Reference(tuple(inputs), tuple(exact), tuple(allowed))
 

@@ -26,7 +26,7 @@ from fxsparse.analysis.reasons import is_layer
 from fxsparse.analysis.sweep import analyze
 from fxsparse.ir.bits import some
 from fxsparse.ir.decision import Decision
-from fxsparse.ir.facts import ChannelSummary, Facts
+from fxsparse.ir.facts import ChannelSummary, Facts, smallest
 from fxsparse.ir.graph import (
     arg,
     aten,
@@ -219,7 +219,7 @@ def _known_operands(gm: fx.GraphModule, node: fx.Node, facts: Facts) -> list[Dec
             and facts.unknown[rest].shape == facts.unknown[node].shape
             and facts.value[operand].is_floating_point()
         ):
-            value = _smallest(facts.value[operand])
+            value = smallest(facts.value[operand]).clone()
             if any(value.shape[dim] > 1 for dim in symbolic_dims(operand)):  # repeated as often as there are samples
                 continue
             what = f"replace what {owner(operand)} gives by a constant"
@@ -246,12 +246,3 @@ def _replace_operand(gm: fx.GraphModule, node: fx.Node, decision: Decision) -> N
     args = list(node.args)
     args[i] = constant
     node.args = tuple(args)
-
-
-def _smallest(value: Tensor) -> Tensor:
-    """`value` with every dimension along which it does not change cut to 1: it broadcasts back."""
-    for dim in range(value.dim()):
-        first = value.narrow(dim, 0, 1)
-        if value.shape[dim] > 1 and bool((value == first).all()):
-            value = first
-    return value.clone()

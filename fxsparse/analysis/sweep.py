@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from fxsparse.ir.bits import some
-from fxsparse.ir.facts import Facts
+from fxsparse.ir.facts import Facts, smallest
 from fxsparse.ir.graph import aten, get_tensor
 from fxsparse.ir.symbols import concrete, evenly, reads_a_size, varies
 from fxsparse.rules import Rule, rule_of
@@ -65,10 +65,12 @@ def _forward(gm: fx.GraphModule, node: fx.Node, facts: Facts, rule_of: RuleOf) -
             facts.unknown[node] = torch.ones_like(value, dtype=torch.bool)
     elif node.op == "get_attr":
         weight = get_tensor(gm, str(node.target)).detach()
-        facts.value[node] = _wide(weight)
-        facts.unknown[node] = torch.zeros_like(weight, dtype=torch.bool)
+        facts.value[node] = (
+            weight  # as it is: a copy of every weight in float64 is more than large models leave room for
+        )
+        facts.unknown[node] = torch.zeros((), dtype=torch.bool, device=weight.device).expand(weight.shape)
     elif node.op == "call_function":
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: facts.value[n])
+        args, kwargs = fx.map_arg((node.args, node.kwargs), facts.operand)
         try:
             value = cast(Callable[..., Any], node.target)(*args, **kwargs)
         except RuntimeError:
@@ -96,8 +98,14 @@ def _settle(node: fx.Node, value: Tensor, facts: Facts, rule_of: RuleOf) -> None
     unknown = evenly(node, unknown)
     if (differs := varies(node, value)) is not None:
         unknown = unknown | differs
-    facts.unknown[node] = unknown
-    facts.value[node] = value.masked_fill(unknown, 0) if some(unknown) else value
+    facts.unknown[node] = _compact(unknown)
+    facts.value[node] = _compact(value.masked_fill(unknown, 0) if some(unknown) else value)
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """The same in less memory: most facts are of channels, and one position speaks for all."""
+    small = smallest(tensor)
+    return tensor if small is tensor else small.clone().expand(tensor.shape)
 
 
 def _counts(node: fx.Node) -> bool:

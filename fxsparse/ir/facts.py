@@ -41,7 +41,7 @@ class Facts:
     """Element facts of one graph at batch 1, by fx node. Tensors have the node's own shape.
 
     unknown   bool, the element depends on the input
-    value     float64 (integers as they are): the value of known elements, 0 at unknown ones
+    value     float64 (integers as they are, weights in their own dtype): the value of known elements, 0 at unknown ones
     demanded  bool, some output needs the element to be there with its value
     index     for data movement: int64 [out shape], flat position in the concatenated inputs, -1 for padding
     """
@@ -50,6 +50,14 @@ class Facts:
     value: dict[fx.Node, Any] = field(default_factory=dict)
     demanded: dict[fx.Node, Tensor] = field(default_factory=dict)
     index: dict[fx.Node, Tensor] = field(default_factory=dict)
+
+    def operand(self, node: fx.Node) -> Any:
+        """The value for an operator to run on: in float64, and with memory for every element."""
+        value = self.value[node]
+        if not isinstance(value, Tensor):
+            return value
+        value = value.double() if value.is_floating_point() else value
+        return value.contiguous() if 0 in value.stride() else value
 
     def nonzero(self, node: fx.Node) -> Tensor:
         """bool: the element can be something other than 0."""
@@ -64,6 +72,16 @@ class Facts:
         scale = torch.maximum(low.abs(), high.abs())
         constant = known & (high - low <= CONSTANT_TOLERANCE * scale)
         return ChannelSummary(known, constant, torch.where(constant, value[:, 0], 0.0))
+
+
+def smallest(tensor: Tensor) -> Tensor:
+    """`tensor` with every dimension along which it does not change cut to 1: it broadcasts back."""
+    for dim, size in enumerate(tensor.shape):
+        if size > 1:
+            first, second = tensor.narrow(dim, 0, 1), tensor.narrow(dim, 1, 1)
+            if torch.equal(first, second) and bool((tensor == first).all()):
+                tensor = first
+    return tensor
 
 
 def _rows(tensor: Tensor, dim: int) -> Tensor:

@@ -171,6 +171,16 @@ def clone(gm: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(root, graph).eval()
 
 
+def release(gm: fx.GraphModule) -> None:
+    """Let go of the tensors of a graph that nobody needs any more.
+
+    A graph and its module refer to each other, so Python frees them late: a large model's weights in float64 are much.
+    """
+    for module in gm.modules():
+        module._buffers.clear()
+        module._parameters.clear()
+
+
 def fake_mode(gm: fx.GraphModule) -> Any:
     """The mode that the shapes in `gm` belong to: symbolic sizes mean something in it only."""
     return next(v.fake_mode for n in gm.graph.nodes if hasattr(v := n.meta.get("val"), "fake_mode"))

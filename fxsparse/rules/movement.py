@@ -21,6 +21,8 @@ from fxsparse.ir.layout import Layout
 from fxsparse.ir.symbols import RESHAPES, crossing
 from fxsparse.rules.rule import Rule, Sample, run
 
+KEPT = 2**20  # elements of a map that is kept; a larger one is made again when it is asked for
+
 
 class Movement(Rule):
     """view, permute, slice, cat and their kin."""
@@ -72,15 +74,18 @@ class Movement(Rule):
         return rewriter(node, layout) if rewriter else {}
 
     def _map(self, node: fx.Node, facts: Facts) -> Tensor:
-        if node not in facts.index:
+        index = facts.index.get(node)
+        if index is None:
             sources, start, iotas = _sources(node, facts), 0, {}
             for n in sources:  # float64 counts exactly to 2**53, and every movement operator takes it
                 bits = facts.unknown[n]
                 iotas[n] = torch.arange(start, start + bits.numel(), dtype=torch.float64, device=bits.device)
                 iotas[n] = iotas[n].view(bits.shape)
                 start += bits.numel()
-            facts.index[node] = self._move(node, facts, iotas, {}).long()
-        return facts.index[node]
+            index = self._move(node, facts, iotas, {}).long()
+            if index.numel() <= KEPT:
+                facts.index[node] = index
+        return index
 
     def _move(
         self, node: fx.Node, facts: Facts, tensors: Mapping[fx.Node, Tensor], changes: Mapping[str, Any]

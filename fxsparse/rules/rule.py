@@ -75,7 +75,7 @@ def run(
     if changes:
         schema = cast(Any, node.target)._schema.arguments
         args = tuple(changes.get(p.name, arg(node, p.name)) for p in schema if not p.kwarg_only)
-    args, kwargs = fx.map_arg((args, kwargs), lambda n: replace.get(n, facts.value[n]))
+    args, kwargs = fx.map_arg((args, kwargs), lambda n: replace[n] if n in replace else facts.operand(n))
     return cast(Callable[..., Any], node.target)(*args, **kwargs)
 
 
