@@ -43,7 +43,7 @@ class Facts:
     unknown   bool, the element depends on the input
     value     float64 (integers as they are, weights in their own dtype): the value of known elements, 0 at unknown ones
     demanded  bool, some output needs the element to be there with its value
-    index     for data movement: int64 [out shape], flat position in the concatenated inputs, -1 for padding
+    index     for data movement: int32 or int64 [out shape], flat position in the concatenated inputs, -1 for padding
     """
 
     unknown: dict[fx.Node, Tensor] = field(default_factory=dict)

@@ -21,8 +21,6 @@ from fxsparse.ir.layout import Layout
 from fxsparse.ir.symbols import RESHAPES, crossing
 from fxsparse.rules.rule import Rule, Sample, run
 
-KEPT = 2**20  # elements of a map that is kept; a larger one is made again when it is asked for
-
 
 class Movement(Rule):
     """view, permute, slice, cat and their kin."""
@@ -74,18 +72,16 @@ class Movement(Rule):
         return rewriter(node, layout) if rewriter else {}
 
     def _map(self, node: fx.Node, facts: Facts) -> Tensor:
-        index = facts.index.get(node)
-        if index is None:
+        if node not in facts.index:
             sources, start, iotas = _sources(node, facts), 0, {}
             for n in sources:  # float64 counts exactly to 2**53, and every movement operator takes it
                 bits = facts.unknown[n]
                 iotas[n] = torch.arange(start, start + bits.numel(), dtype=torch.float64, device=bits.device)
                 iotas[n] = iotas[n].view(bits.shape)
                 start += bits.numel()
-            index = self._move(node, facts, iotas, {}).long()
-            if index.numel() <= KEPT:
-                facts.index[node] = index
-        return index
+            dtype = torch.int32 if start < 2**31 else torch.int64
+            facts.index[node] = self._move(node, facts, iotas, {}).to(dtype)
+        return facts.index[node]
 
     def _move(
         self, node: fx.Node, facts: Facts, tensors: Mapping[fx.Node, Tensor], changes: Mapping[str, Any]
@@ -108,7 +104,7 @@ class Movement(Rule):
         expected = self._map(node, facts).cpu()[layout.rectangle(node)].view(layout.new_shape(node))
         try:
             changes = self.rewrite(node, facts, layout)
-            return torch.equal(self._move(node, facts, iotas, changes).long(), expected)
+            return torch.equal(self._move(node, facts, iotas, changes).to(expected.dtype), expected)
         except (RuntimeError, IndexError, ValueError):
             return False
 
