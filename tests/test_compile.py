@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 import io
 import json
 import pickle
@@ -9,6 +10,7 @@ import random
 import re
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrizations, prune
 
@@ -24,6 +26,7 @@ import fxsparse
 from fxsparse import InputError, Masks, SparseModule, VerificationError
 from fxsparse.measure import QUALIFYING_ROUNDS, LayerTimes, Runs
 from fxsparse.passes import fold_batch_norm
+from fxsparse.verify import widen
 
 ROWS = {"0.weight": [0, 3, 5], "0.bias": [0, 5], "3.weight": [1]}
 
@@ -688,6 +691,24 @@ def test_right_passes_are_right_however_they_are_verified(verify: str) -> None:
     model, x = Net().double(), images().double()
     masks = masks_of(model)
     agree(build(model, masks, x, verify=verify)(x), zeroed(model, masks)(x), rtol=1e-10, atol=1e-10)
+
+
+def test_the_float64_copy_of_a_model_is_let_go_once_it_has_been_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    copies: list[weakref.ref[Tensor]] = []
+
+    def recorded(gm: fx.GraphModule) -> fx.GraphModule:
+        wide = widen(gm)
+        copies.extend(map(weakref.ref, wide.buffers()))
+        return wide
+
+    monkeypatch.setattr("fxsparse.verify.widen", recorded)
+    gc.disable()  # a graph and its module refer to each other
+    try:
+        build(Net(), None, images())
+        assert copies
+        assert not [ref for ref in copies if ref() is not None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("zeros", [True, False])

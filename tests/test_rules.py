@@ -17,7 +17,7 @@ from fxsparse.analysis.closure import smallest_layout
 from fxsparse.analysis.sweep import analyze
 from fxsparse.ir.capture import capture
 from fxsparse.ir.facts import Facts
-from fxsparse.ir.graph import aten, clone, erase_unused, refresh
+from fxsparse.ir.graph import aten, clone, erase_unused, get_tensor, refresh
 from fxsparse.ir.masks import Masks
 from fxsparse.passes import PIPELINE, Context, canonicalize, run
 from fxsparse.rules import RULES, Rule, Sample, collect, rule_of
@@ -202,3 +202,19 @@ def test_a_clone_and_a_refresh_leave_the_graph_as_it_was() -> None:
     erase_unused(copy)
     assert [n.format_node() for n in copy.graph.nodes] == [n.format_node() for n in gm.graph.nodes]
     torch.testing.assert_close(copy(*inputs), model(*inputs))
+
+
+def test_facts_take_the_memory_of_what_differs_in_them() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Conv2d(64, 8, 3)).eval()
+    weight = model.get_parameter("0.weight")
+    masks = Masks({"0.weight": (torch.arange(64) < 40).view(-1, 1, 1, 1).expand_as(weight)})
+    gm = capture(model, (torch.randn(1, 3, 32, 32),), masks, dynamic_batch=True)
+    facts = analyze(gm)
+    assert not facts.unknown[next(n for n in gm.graph.nodes if n.target is aten.relu.default)][:, 40:].any()
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            sizes = [facts.value[node].untyped_storage().nbytes(), facts.unknown[node].untyped_storage().nbytes()]
+            assert sizes[0] <= 64 * 8, node
+            assert sizes[1] <= 64, node
+        elif node.op == "get_attr" and facts.value[node].shape == weight.shape:
+            assert facts.value[node].data_ptr() == get_tensor(gm, str(node.target)).data_ptr()
