@@ -55,6 +55,8 @@ def _reuse(node: fx.Node, known: Facts, facts: Facts) -> None:
         facts.unknown[node] = known.unknown[node]
     if node in known.index:
         facts.index[node] = known.index[node]
+    if node in known.lines:
+        facts.lines[node] = known.lines[node]
 
 
 def _forward(gm: fx.GraphModule, node: fx.Node, facts: Facts, rule_of: RuleOf) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from fxsparse.ir.bits import any_along
+from fxsparse.ir.lines import Lines
 
 # Values are propagated in float64; channels whose positions agree to this are one constant.
 CONSTANT_TOLERANCE = 1e-11
@@ -44,12 +45,14 @@ class Facts:
     value     float64 (integers as they are, weights in their own dtype): the value of known elements, 0 at unknown ones
     demanded  bool, some output needs the element to be there with its value
     index     for data movement: int32 or int64 [out shape], flat position in the concatenated inputs, -1 for padding
+    lines     for data movement: the same without the dimensions that pass through
     """
 
     unknown: dict[fx.Node, Tensor] = field(default_factory=dict)
     value: dict[fx.Node, Any] = field(default_factory=dict)
     demanded: dict[fx.Node, Tensor] = field(default_factory=dict)
     index: dict[fx.Node, Tensor] = field(default_factory=dict)
+    lines: dict[fx.Node, Lines] = field(default_factory=dict)
 
     def operand(self, node: fx.Node) -> Any:
         """The value for an operator to run on: in float64, and with memory for every element."""

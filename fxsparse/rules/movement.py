@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fxsparse.ir.bits import whole
+from fxsparse.ir.bits import any_along, some, whole
 from fxsparse.ir.facts import Facts
 from fxsparse.ir.graph import arg, aten, operator_name, owner
 from fxsparse.ir.layout import Layout
+from fxsparse.ir.lines import Lines, lines_of, rectangle
 from fxsparse.ir.symbols import RESHAPES, crossing
 from fxsparse.rules.rule import Rule, Sample, run
 
@@ -49,17 +50,21 @@ class Movement(Rule):
         return {n: whole(bits.view(facts.unknown[n].shape), mixed) for n, bits in found}
 
     def couple(self, node: fx.Node, facts: Facts, layout: Layout) -> None:
-        sources, index = _sources(node, facts), self._map(node, facts).cpu()
         cause = f"coupled by {operator_name(node)} ({owner(node)})"
         self._pin_symbolic(node, layout, cause)
+        sources = _sources(node, facts)
         for n, mixed in zip((sources[0], node), crossing(node), strict=True):
             layout.pin(n, f"{operator_name(node)} ({owner(node)}) mixes it with the batch or another open size", mixed)
-        kept = torch.cat([layout.rectangle(n).flatten() for n in sources])
-        layout.grow_elements(node, kept[index.clamp_min(0)] & (index >= 0), cause)
-        sizes = [facts.unknown[n].numel() for n in sources]
-        parts = _scatter(index[layout.rectangle(node)], sum(sizes)).split(sizes)
-        for n, part in zip(sources, parts, strict=True):
-            layout.grow_elements(n, part.view(layout.shape(n)), cause)
+        lines = self._lines(node, facts)
+        kept = [rectangle(layout.kept[n], lines.dims(i)) for i, n in enumerate(sources)]
+        moved = torch.cat([bits.flatten() for bits in kept])[lines.index.clamp_min(0)] & (lines.index >= 0)
+        for i, n in enumerate(sources):
+            like = {dim: layout.kept[n][dims[i]] for dim, dims in lines.through.items()}
+            _grow(layout, node, moved & lines.of_source(i), like, cause)
+        chosen = _scatter(lines.index[rectangle(layout.kept[node], lines.through)], sum(lines.sizes))
+        for i, (n, part) in enumerate(zip(sources, chosen.split(lines.sizes), strict=True)):
+            like = {dims[i]: layout.kept[node][dim] for dim, dims in lines.through.items()}
+            _grow(layout, n, part.view(lines.shapes[i]), like, cause)
 
     def settle(self, node: fx.Node, facts: Facts, layout: Layout) -> None:
         """Pin inputs and output when the operator cannot be cut to the layout. Called when nothing grows any more."""
@@ -82,6 +87,12 @@ class Movement(Rule):
             dtype = torch.int32 if start < 2**31 else torch.int64
             facts.index[node] = self._move(node, facts, iotas, {}).to(dtype)
         return facts.index[node]
+
+    def _lines(self, node: fx.Node, facts: Facts) -> Lines:
+        if node not in facts.lines:
+            shapes = [facts.unknown[n].shape for n in _sources(node, facts)]
+            facts.lines[node] = lines_of(self._map(node, facts).cpu(), shapes)
+        return facts.lines[node]
 
     def _move(
         self, node: fx.Node, facts: Facts, tensors: Mapping[fx.Node, Tensor], changes: Mapping[str, Any]
@@ -144,6 +155,15 @@ def _overwritten(x: Tensor, y: Tensor) -> Tensor:
 
 def _sources(node: fx.Node, facts: Facts) -> list[fx.Node]:
     return [n for n in node.all_input_nodes if n in facts.unknown]
+
+
+def _grow(layout: Layout, node: fx.Node, elements: Tensor, like: Mapping[int, Tensor], cause: str) -> None:
+    """Keep what holds `elements`; along the dimensions in `like`, where they have one position, keep those there."""
+    if not some(elements):
+        return
+    for dim in range(elements.dim()):
+        others = [d for d in range(elements.dim()) if d != dim]
+        layout.grow(node, dim, like[dim] if dim in like else any_along(elements, others), cause)
 
 
 def _scatter(index: Tensor, size: int) -> Tensor:
