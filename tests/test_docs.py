@@ -84,7 +84,9 @@ def test_a_suite_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(bench.subprocess, "run", start)
     assert bench.main(["--suite", "matrix", "--out", str(out)]) == 0
-    cases = [{name.removeprefix("--"): value for name, value in zip(c[3::2], c[4::2], strict=True)} for c in started]
+    assert all(command[-1] == "--no-slim" for command in started)
+    pairs = [zip(command[3:-1:2], command[4:-1:2], strict=True) for command in started]
+    cases = [{name.removeprefix("--"): value for name, value in found} for found in pairs]
     sparsities = [(c["model"], c["recipe"], float(c["sparsity"])) for c in cases]
     assert sparsities == [(c["model"], c["recipe"], c["sparsity"]) for c in bench.MATRIX[1:]]
 
