@@ -7,6 +7,7 @@ what there is to know.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
@@ -49,7 +50,7 @@ class Lines:
 def lines_of(index: Tensor, shapes: Sequence[Sequence[int]]) -> Lines:
     """`index` [output shape], flat positions in the concatenated tensors of `shapes`, -1 for padding."""
     through: dict[int, list[int]] = {}
-    ends = torch.tensor([math.prod(s) for s in shapes]).cumsum(0)
+    ends = list(itertools.accumulate(map(math.prod, shapes)))
     for dim, size in enumerate(index.shape):
         if size > 1 and (same := _same_dimension(index, dim, shapes, ends)) is not None:
             through[dim] = same
@@ -59,32 +60,33 @@ def lines_of(index: Tensor, shapes: Sequence[Sequence[int]]) -> Lines:
         [1 if d in {dims[i] for dims in through.values()} else size for d, size in enumerate(shape)]
         for i, shape in enumerate(shapes)
     ]
-    return Lines(through, _cut(index.long(), shapes, small, ends), small)
+    return Lines(through, _cut(index.long(), shapes, small), small)
 
 
-def _same_dimension(index: Tensor, dim: int, shapes: Sequence[Sequence[int]], ends: Tensor) -> list[int] | None:
+def _same_dimension(index: Tensor, dim: int, shapes: Sequence[Sequence[int]], ends: Sequence[int]) -> list[int] | None:
     """The dimension of each source that `dim` of the output runs along, position by position; None if there is none."""
     first = index.narrow(dim, 0, 1)
     inside = first >= 0
     if not inside.any():
         return None
     step = int((index.narrow(dim, 1, 1) - first)[inside].flatten()[0])
-    counts = torch.arange(index.shape[dim], dtype=index.dtype).view([-1 if d == dim else 1 for d in range(index.dim())])
+    counts = torch.arange(index.shape[dim], dtype=index.dtype, device=index.device)
+    counts = counts.view([-1 if d == dim else 1 for d in range(index.dim())])
     if step <= 0 or not torch.equal(index, torch.where(inside, first + counts * step, -1).to(index.dtype)):
         return None
     found = []
     for i, shape in enumerate(shapes):
         strides = _strides(shape)
         fits = [d for d, size in enumerate(shape) if size == index.shape[dim] and strides[d] == step and size > 1]
-        begin = int(ends[i]) - math.prod(shape)
-        own = first[inside & (first >= begin) & (first < int(ends[i]))] - begin
+        begin = ends[i] - math.prod(shape)
+        own = first[inside & (first >= begin) & (first < ends[i])] - begin
         if not fits or bool((own // step % index.shape[dim]).any()):
             return None
         found.append(fits[0])
     return found
 
 
-def _cut(index: Tensor, shapes: Sequence[Sequence[int]], small: Sequence[Sequence[int]], ends: Tensor) -> Tensor:
+def _cut(index: Tensor, shapes: Sequence[Sequence[int]], small: Sequence[Sequence[int]]) -> Tensor:
     """Positions in the tensors of `shapes` as positions in those of `small`."""
     new, begin, small_begin = torch.full_like(index, -1), 0, 0
     for shape, cut in zip(shapes, small, strict=True):
