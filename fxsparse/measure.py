@@ -332,10 +332,22 @@ def device_name(device: torch.device) -> str:
 
 @functools.cache
 def cpu_name() -> str:
-    """The processor's own name, as the system tells it, and its vectors: clouds call several generations "AMD EPYC"."""
+    """The processor's name, generation and vectors, as in "AMD EPYC (family 26, model 2), AVX512".
+
+    Clouds call several generations "AMD EPYC": a time of one is not a time of another.
+    """
+    facts, vectors = _cpu_facts(), torch.backends.cpu.get_cpu_capability()
+    name = facts.get("model name", platform.processor() or platform.machine())
+    given = [key for key in ("cpu family", "model") if key in facts]
+    generation = ", ".join(f"{key.removeprefix('cpu ')} {facts[key]}" for key in given)
+    return f"{name} ({generation}), {vectors}" if generation else f"{name}, {vectors}"
+
+
+def _cpu_facts() -> dict[str, str]:
+    """What Linux tells of the first processor; nothing elsewhere."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
     except OSError:
-        lines = []
-    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    return f"{next(named, platform.processor() or platform.machine())}, {torch.backends.cpu.get_cpu_capability()}"
+        return {}
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}

@@ -57,3 +57,13 @@ def test_builds_take_turns_and_none_always_follows_the_same_one(monkeypatch: pyt
     warm, rounds = order[:6], order[6:]
     assert sorted(warm) == ["a", "a", "b", "b", "c", "c"]
     assert rounds == ["a", "b", "c", "c", "b", "a", "a", "b", "c", "c", "b", "a"]
+
+
+def test_processors_of_one_name_and_two_generations_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+    for family in ("25", "26"):
+        facts = {"model name": "AMD EPYC", "cpu family": family, "model": "1"}
+        monkeypatch.setattr(measure, "_cpu_facts", lambda facts=facts: facts)
+        names.append(measure.cpu_name.__wrapped__())
+    assert names[0] != names[1]
+    assert names[0].startswith("AMD EPYC (family 25, model 1), ")
