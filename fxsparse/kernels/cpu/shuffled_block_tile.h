@@ -47,7 +47,7 @@ template <typename T>
 using Read = float;
 #endif
 
-inline Vec splat(float v) { return Vec{} + v; }
+inline Vec splat(float v) { return v - Vec{}; }  // a plain broadcast: adding 0 would turn -0 into 0
 inline Vec at_least(Vec v, float low) { return v < splat(low) ? splat(low) : v; }  // NaN stays NaN
 inline Vec at_most(Vec v, float high) { return v > splat(high) ? splat(high) : v; }
 
@@ -105,98 +105,75 @@ struct Sink {
     bool fetch;          // what is written, and the residual, come from memory: fetch them while there is time
 };
 
-// Lanes that go to scattered channels, or are stored in another type than float.
-template <typename T, int V, int P>
-inline void put_lanes(const Vec (&sum)[P][V], const Sink<T>& sink) {
-    float lane[P][V * LANES];
-#pragma GCC unroll 32
-    for (int p = 0; p < P; p++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) *reinterpret_cast<Vec*>(&lane[p][v * LANES]) = sum[p][v];
-    const int64_t n = std::min<int64_t>(V * LANES, sink.lanes);
-    if (sink.residual)
-        for (int p = 0; p < P; p++)
-            for (int64_t i = 0; i < n; i++) lane[p][i] += widen(sink.residual[p * sink.step + sink.rows[i]]);
-    if (sink.activation != NONE)
-        for (int p = 0; p < P; p++)
-            for (int v = 0; v < V; v++) {
-                Vec* at = reinterpret_cast<Vec*>(&lane[p][v * LANES]);
-                *at = activate(*at, sink.activation);
-            }
-    for (int p = 0; p < P; p++)
-        for (int64_t i = 0; i < n; i++) narrow(lane[p][i], &sink.y[p * sink.step + sink.rows[i]]);
-}
+// What sums are kept in: whole registers, or half ones for groups of few rows, of which twice as many are added at once.
+template <bool HALF>
+struct Part {
+    typedef Vec Type;
+};
+template <>
+struct Part<true> {
+    typedef float Type __attribute__((vector_size(LANES / 2 * sizeof(float)), aligned(sizeof(float))));
+};
 
-// The first `n` lanes only: a group's last register may be half full, and what lies behind it belongs to another group.
-inline Vec load_some(const float* from, int64_t n) {
-#if defined(__AVX512F__)
-    return reinterpret_cast<Vec>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), from));
-#else
-    Vec v{};
-    std::memcpy(&v, from, n * sizeof(float));
-    return v;
-#endif
+// Not `template <typename Sum>`: a vector type loses its alignment as a template's argument.
+template <bool HALF>
+inline typename Part<HALF>::Type load(const float* from) {
+    return *reinterpret_cast<const typename Part<HALF>::Type*>(from);
 }
-inline void store_some(float* to, Vec v, int64_t n) {
-#if defined(__AVX512F__)
-    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << n) - 1), reinterpret_cast<__m512>(v));
-#else
-    std::memcpy(to, &v, n * sizeof(float));
-#endif
-}
-
+inline void store(Part<false>::Type v, float* to) { *reinterpret_cast<Part<false>::Type*>(to) = v; }
+inline void store(Part<true>::Type v, float* to) { *reinterpret_cast<Part<true>::Type*>(to) = v; }
 #if defined(__AVX512BF16__)
-template <int V, int P>
-inline void put_in_order(Vec (&sum)[P][V], const Sink<BFloat16>& sink) {
-    const BFloat16* from = sink.residual ? sink.residual + sink.rows[0] : nullptr;
-    BFloat16* to = sink.y + sink.rows[0];
-    for (int v = 0; v < V; v++) {
-        const int64_t n = std::min<int64_t>(LANES, sink.lanes - v * LANES), at = v * LANES;
-        if (n <= 0) break;
-        const __mmask16 some = static_cast<__mmask16>((1u << n) - 1);
-        for (int p = 0; p < P; p++) {
-            Vec value = sum[p][v];
-            if (from) {
-                const __m256i bits = _mm256_maskz_loadu_epi16(some, from + p * sink.step + at);
-                value += reinterpret_cast<Vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
-            }
-            if (sink.activation != NONE) value = activate(value, sink.activation);
-            const __m256bh narrow = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(value));
-            _mm256_mask_storeu_epi16(to + p * sink.step + at, some, reinterpret_cast<__m256i>(narrow));
-        }
-    }
+template <bool HALF>
+inline Vec load(const BFloat16* from) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    return reinterpret_cast<Vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+inline void store(Vec v, BFloat16* to) {
+    const __m256bh narrow = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(narrow));
 }
 #endif
 
-// Lanes that go to channels that follow each other.
-template <int V, int P>
-inline void put_in_order(Vec (&sum)[P][V], const Sink<float>& sink) {
-    const float* from = sink.residual ? sink.residual + sink.rows[0] : nullptr;
-    float* to = sink.y + sink.rows[0];
+// Lanes that are channels one after the other, from registers: every index is a constant, or g++ would store them first.
+template <typename T, bool HALF, int V, int P>
+inline __attribute__((always_inline)) void put_whole(typename Part<HALF>::Type (&sum)[P][V], const Sink<T>& sink) {
+    typedef typename Part<HALF>::Type Sum;
+    constexpr int WIDE = sizeof(Sum) / sizeof(float);
+    if (sink.residual) {
+        const T* from = sink.residual + sink.rows[0];
+#pragma GCC unroll 32
+        for (int p = 0; p < P; p++, from += sink.step)
 #pragma GCC unroll 4
-    for (int v = 0; v < V; v++) {
-        const int64_t n = sink.lanes - v * LANES, at = v * LANES;
-        if (n <= 0) break;
-        if (from) {
+            for (int v = 0; v < V; v++) sum[p][v] += load<HALF>(from + v * WIDE);
+    }
+    if (sink.activation == RELU) {
 #pragma GCC unroll 32
-            for (int p = 0; p < P; p++)
-                sum[p][v] += n >= LANES ? *reinterpret_cast<const Vec*>(from + p * sink.step + at)
-                                        : load_some(from + p * sink.step + at, n);
+        for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) sum[p][v] = sum[p][v] < Sum{} ? Sum{} : sum[p][v];  // NaN stays NaN
+    }
+    T* to = sink.y + sink.rows[0];
+#pragma GCC unroll 32
+    for (int p = 0; p < P; p++, to += sink.step)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) store(sum[p][v], to + v * WIDE);
+}
+
+// Any lanes, `width` of each pixel, some of which may be no rows; any activation.
+template <typename T>
+__attribute__((noinline)) void put_lanes(float* lane, int pixels, int64_t width, const Sink<T>& sink) {
+    const int64_t n = std::min(width, sink.lanes);
+    const int32_t* rows = sink.rows;
+    for (int p = 0; p < pixels; p++, lane += width) {
+        T* y = sink.y + p * sink.step;
+        if (const T* from = sink.residual ? sink.residual + p * sink.step : nullptr) {
+            if (sink.in_order) for (int64_t i = 0; i < n; i++) lane[i] += widen(from[rows[0] + i]);
+            else for (int64_t i = 0; i < n; i++) lane[i] += widen(from[rows[i]]);
         }
-        if (sink.activation == RELU) {
-#pragma GCC unroll 32
-            for (int p = 0; p < P; p++) sum[p][v] = at_least(sum[p][v], 0.0f);
-        } else if (sink.activation != NONE) {
-            for (int p = 0; p < P; p++) sum[p][v] = activate(sum[p][v], sink.activation);
-        }
-        if (n >= LANES) {
-#pragma GCC unroll 32
-            for (int p = 0; p < P; p++)
-                *reinterpret_cast<Vec*>(to + p * sink.step + at) = sum[p][v];
-        } else {
-#pragma GCC unroll 32
-            for (int p = 0; p < P; p++) store_some(to + p * sink.step + at, sum[p][v], n);
-        }
+        if (sink.activation != NONE)
+            for (int64_t i = 0; i < n; i += LANES) store(activate(load<false>(lane + i), sink.activation), lane + i);
+        if (sink.in_order) for (int64_t i = 0; i < n; i++) narrow(lane[i], y + rows[0] + i);
+        else for (int64_t i = 0; i < n; i++) narrow(lane[i], y + rows[i]);
     }
 }
 
@@ -206,14 +183,20 @@ struct Ahead {
     int64_t step;
 };
 
-// What sums are kept in: whole registers, or half ones for groups of few rows, of which twice as many are added at once.
-template <bool HALF>
-struct Part {
-    typedef Vec Type;
-};
-template <>
-struct Part<true> {
-    typedef float Type __attribute__((vector_size(LANES / 2 * sizeof(float)), aligned(sizeof(float))));
+// The pixels of a tile, one after the other, in wide vectors: every fourth has an address of its own, and the three behind it
+// are reached by an index. Else g++ makes each address from the one before, a chain that takes longer than the sums do.
+struct Walk {
+    int64_t step, three, four;
+    explicit Walk(int64_t step) : step(step), three(3 * step), four(4 * step) { asm("" : "+r"(three), "+r"(four)); }
+
+    template <typename T>
+    inline __attribute__((always_inline)) T next(const T*& at, int p) const {
+        if (p && p % 4 == 0) {
+            at += four;
+            asm("" : "+r"(at));
+        }
+        return p % 4 == 0 ? at[0] : p % 4 == 1 ? at[step] : p % 4 == 2 ? at[2 * step] : at[three];
+    }
 };
 
 // sum += the columns from `first` to `last`, P pixels x V vectors of rows. Pixel p lies at line + place[p]; in wide vectors
@@ -229,16 +212,23 @@ inline __attribute__((always_inline)) void add_columns(typename Part<HALF>::Type
         pixel[p] = line + place[p];
         if (NARROW) asm("" : "+r"(pixel[p]));  // or g++ adds `line` and `place` up again for every column
     }
+    const Walk walk(step);
+    constexpr int HELD = LANES == 16 && P * V + V + 1 > 32 ? V - 1 : V;  // weights that find a register
     const auto add = [&](int64_t k) __attribute__((always_inline)) {
         const float* at = pixel[0] + offset[k];
+        const Sum* column = reinterpret_cast<const Sum*>(w + k * lanes);
         Sum weight[V];
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) weight[v] = reinterpret_cast<const Sum*>(w + k * lanes)[v];
+        for (int v = 0; v < HELD; v++) weight[v] = column[v];
 #pragma GCC unroll 32
-        for (int p = 0; p < P; p++)
+        for (int p = 0; p < P; p++) {
+            const Sum x = (NARROW ? pixel[p][offset[k]] : walk.next(at, p)) - Sum{};  // not +: -0 + 0 is another zero
 #pragma GCC unroll 4
-            for (int v = 0; v < V; v++)
-                sum[p][v] += weight[v] * (NARROW ? pixel[p][offset[k]] : at[p * step]);
+            for (int v = 0; v < HELD; v++) sum[p][v] += weight[v] * x;
+#if defined(__AVX512F__)  // g++ would load it once, and keep a sum in memory instead
+            if constexpr (HELD < V) asm("vfmadd231ps %2, %1, %0" : "+v"(sum[p][HELD]) : "v"(x), "m"(column[HELD]));
+#endif
+        }
     };
     int64_t k = first;
     for (; NARROW && k + 1 < last; k += 2) {  // narrow vectors are limited by the number of instructions
@@ -262,7 +252,7 @@ inline __attribute__((always_inline)) void add_pair(Vec (&sum)[P][V], const BFlo
     for (int v = 0; v < V; v++) weight[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w + v * 2 * LANES));
 #pragma GCC unroll 32
     for (int p = 0; p < P; p++) {
-        const __m512bh at = reinterpret_cast<__m512bh>(two(p));
+        const __m512bh at = reinterpret_cast<__m512bh>(two(p));  // in the order of the pixels
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++)
             sum[p][v] = reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum[p][v]), at, weight[v]));
@@ -276,44 +266,33 @@ inline __attribute__((always_inline)) void add_columns(Vec (&sum)[P][V], const B
                                                        const Ahead& ahead) {
     constexpr __mmask32 ODD = 0xAAAAAAAAu;
     const BFloat16* x = line + place[0];
+    const Walk walk(step);
     int64_t k = first;
     if (k % 2 && k < last) {
         const BFloat16* at = x + offset[k];
-        add_pair<V, P>(sum, w + (k - 1) * lanes, [=](int p) { return _mm512_maskz_set1_epi16(ODD, at[p * step].bits); });
+        add_pair<V, P>(sum, w + (k - 1) * lanes, [&](int p) { return _mm512_maskz_set1_epi16(ODD, walk.next(at, p).bits); });
         k++;
     }
     for (; k + 1 < last; k += 2) {
         const BFloat16 *at = x + offset[k], *other = x + offset[k + 1];
         __builtin_prefetch(ahead.from + k * ahead.step, 0, 2);
-        add_pair<V, P>(sum, w + k * lanes, [=](int p) {
-            return _mm512_mask_set1_epi16(_mm512_set1_epi16(at[p * step].bits), ODD, other[p * step].bits);
+        add_pair<V, P>(sum, w + k * lanes, [&](int p) __attribute__((always_inline)) {
+            return _mm512_mask_set1_epi16(_mm512_set1_epi16(walk.next(at, p).bits), ODD, walk.next(other, p).bits);
         });
     }
     if (k < last) {
         const BFloat16* at = x + offset[k];
-        add_pair<V, P>(sum, w + k * lanes, [=](int p) { return _mm512_maskz_set1_epi16(~ODD, at[p * step].bits); });
+        add_pair<V, P>(sum, w + k * lanes, [&](int p) { return _mm512_maskz_set1_epi16(~ODD, walk.next(at, p).bits); });
     }
 }
 #endif
 
-template <typename T, int V, int P>
-inline __attribute__((always_inline)) void put(Vec (&sum)[P][V], const Sink<T>& sink) {
-    if constexpr (std::is_same_v<T, Read<T>>) {
-        if (sink.in_order) return put_in_order<V, P>(sum, sink);
-    }
-    put_lanes<T, V, P>(sum, sink);
-}
-
-// All columns, in chains of equal length that are summed up apart: registers first, then their sums.
+// All columns, in chains of equal length that are summed up apart.
 template <typename T, int V, int P, bool HALF = false>
 void tile(const Read<T>* line, const int64_t* place, int64_t step, const int32_t* offset, int64_t from, int64_t to,
           const Read<T>* w, int64_t lanes, const Ahead& ahead, const Sink<T>& sink) {
     typedef typename Part<HALF>::Type Sum;
-    Sum sum[P][V];
-#pragma GCC unroll 32
-    for (int p = 0; p < P; p++)
-#pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sum[p][v] = reinterpret_cast<const Sum*>(sink.bias)[v];
+    constexpr int WIDE = sizeof(Sum) / sizeof(float);
     if (sink.in_order && sink.fetch) {
         const int64_t n = std::min<int64_t>(sink.lanes, V * LANES);
         for (int p = 0; p < P; p++)
@@ -323,37 +302,40 @@ void tile(const Read<T>* line, const int64_t* place, int64_t step, const int32_t
                 if (sink.residual) __builtin_prefetch(sink.residual + at, 0, 2);
             }
     }
-    const int64_t columns = to - from, chains = (columns + CHAIN - 1) / CHAIN;
-    if (chains <= 1) {
-        add_columns<HALF, V, P>(sum, line, place, step, offset, from, to, w, lanes, ahead);
-    } else {
-        Sum total[P][V];
-#pragma GCC unroll 32
-        for (int p = 0; p < P; p++)
-#pragma GCC unroll 4
-            for (int v = 0; v < V; v++) total[p][v] = sum[p][v];
-        for (int64_t c = 0; c < chains; c++) {
-#pragma GCC unroll 32
-            for (int p = 0; p < P; p++)
-#pragma GCC unroll 4
-                for (int v = 0; v < V; v++) sum[p][v] = Sum{};
-            add_columns<HALF, V, P>(sum, line, place, step, offset, from + c * columns / chains,
-                                    from + (c + 1) * columns / chains, w, lanes, ahead);
-#pragma GCC unroll 32
-            for (int p = 0; p < P; p++)
-#pragma GCC unroll 4
-                for (int v = 0; v < V; v++) sum[p][v] = total[p][v] = total[p][v] + sum[p][v];
-        }
-    }
-    Vec whole[P][V];  // not `sum`: what `put` takes the address of would be kept in memory all along
+    Sum sum[P][V];
 #pragma GCC unroll 32
     for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) {
-            if constexpr (HALF) std::memcpy(&(whole[p][v] = Vec{}), &sum[p][v], sizeof(Sum));
-            else whole[p][v] = sum[p][v];
-        }
-    put<T, V, P>(whole, sink);
+        for (int v = 0; v < V; v++) sum[p][v] = load<HALF>(sink.bias + v * WIDE);
+    const int64_t columns = to - from, chains = (columns + CHAIN - 1) / CHAIN;
+    alignas(64) float kept[P][V * LANES];  // in memory: sums of earlier chains, and what `put_lanes` reads
+    for (int64_t c = 0, first = from, last = to;; c++, first = last) {
+        if (chains > 1) last = from + (c + 1) * columns / chains;
+        add_columns<HALF, V, P>(sum, line, place, step, offset, first, last, w, lanes, ahead);
+        if (c + 1 >= chains) break;
+#pragma GCC unroll 32
+        for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) {
+                store(c ? sum[p][v] + load<HALF>(kept[p] + v * WIDE) : sum[p][v], kept[p] + v * WIDE);
+                sum[p][v] = Sum{};
+            }
+    }
+    if (chains > 1) {
+#pragma GCC unroll 32
+        for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+            for (int v = 0; v < V; v++) sum[p][v] += load<HALF>(kept[p] + v * WIDE);
+    }
+    if constexpr (std::is_same_v<T, Read<T>>) {
+        const bool plain = sink.activation == NONE || sink.activation == RELU;
+        if (plain && sink.in_order && sink.lanes >= V * WIDE) return put_whole<T, HALF, V, P>(sum, sink);
+    }
+#pragma GCC unroll 32
+    for (int p = 0; p < P; p++)
+#pragma GCC unroll 4
+        for (int v = 0; v < V; v++) store(sum[p][v], kept[p] + v * WIDE);
+    put_lanes<T>(kept[0], P, V * LANES, sink);
 }
 
 template <typename T>
