@@ -22,6 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from fxsparse.backend.memory import Memory
 from fxsparse.formats.n_m import NM
 from fxsparse.formats.n_m_op import n_m_into
 from fxsparse.formats.shuffled_block import ShuffledBlock
@@ -205,8 +206,8 @@ class _Case:
 def _packed_case(packed: object, node: fx.Node, batch: int) -> _Case:
     """What is timed of `node` with a weight packed in one of the formats.
 
-    Memory for the output is asked for in every run, as dense layers do and Inductor does for both: pages that the
-    system hands out anew cost time, and large outputs are of such pages.
+    Memory for the output is asked for in every run, as in a network: of `Memory`, where dense layers ask the system,
+    which takes time to hand out new pages.
     """
     raise NotImplementedError(type(packed).__name__)
 
@@ -220,7 +221,8 @@ def _n_m_case(packed: NM, node: fx.Node, batch: int) -> _Case:
     def make() -> Callable[[], object]:
         x, out = _ones(shape, val), _ones([*shape[:-1], packed.shape[0]], val)
         arguments = (x, packed.values, packed.codes, None, list(packed.shape), packed.n, packed.m)
-        return lambda: n_m_into(*arguments, torch.empty_like(out))
+        kept = Memory()
+        return lambda: n_m_into(*arguments, kept.empty_like(out))
 
     return _Case(key, make)
 
@@ -244,7 +246,8 @@ def _shuffled_block_case(packed: ShuffledBlock, node: fx.Node, batch: int) -> _C
         pairs = [list(geometry.get(n, p)) for n, p in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1)))]
         out = multiply(in_order, x, **geometry)
         arguments = (x, *in_order.tensors, None, None, list(packed.shape), *pairs, "none")
-        return lambda: shuffled_block_into(*arguments, torch.empty_like(out))
+        kept = Memory()
+        return lambda: shuffled_block_into(*arguments, kept.empty_like(out))
 
     return _Case(key, make)
 

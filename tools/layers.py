@@ -26,6 +26,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from fxsparse.backend.memory import Memory
 from fxsparse.coarsen import n_m
 from fxsparse.formats.n_m import pack as pack_n_m
 from fxsparse.formats.n_m_op import multiply as multiply_n_m
@@ -92,7 +93,8 @@ def _row(
     out = multiply(packed, inside, stride=[stride] * 2, padding=[padding] * 2)
     sizes = (list(packed.shape), [stride] * 2, [padding] * 2, [1, 1], "none")
     call = partial(shuffled_block_into, inside, *packed.tensors, None, None, *sizes)
-    runs = interleave({"dense": dense, "packed": lambda: call(torch.empty_like(out))}, seconds=0.5)  # both allocate
+    kept = Memory()  # as in a network: see fxsparse/backend/memory.py
+    runs = interleave({"dense": dense, "packed": lambda: call(kept.empty_like(out))}, seconds=0.5)
     command = (
         f"python -m tools.layers --threads {arguments.threads} --batch {arguments.batch} --dtype {arguments.dtype}"
     )
@@ -116,7 +118,8 @@ def _n_m_row(sizes: tuple[int, int], tokens: int, dtype: torch.dtype, arguments:
     }  # fmt: skip
     builds = {name: call for name, call in dense.items() if call is not None}
     out, call = multiply_n_m(packed, x), partial(n_m_into, x, packed.values, packed.codes, None, [outs, ins], 2, 4)
-    runs = interleave({**builds, "packed": lambda: call(torch.empty_like(out))}, seconds=1.0)  # all allocate
+    kept = Memory()
+    runs = interleave({**builds, "packed": lambda: call(kept.empty_like(out))}, seconds=1.0)
     command = f"python -m tools.layers --format n_m --threads {arguments.threads}"
     return {
         "layer": f"{ins}->{outs}", "tokens": tokens, "dtype": str(dtype).removeprefix("torch."),

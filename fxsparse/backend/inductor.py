@@ -19,6 +19,7 @@ from torch._guards import TracingContext, tracing
 
 from fxsparse.backend.any_size import AnySize, Assumptions
 from fxsparse.backend.cuda_graph import captured
+from fxsparse.backend.memory import give_memory
 from fxsparse.backend.target import Runnable, Target
 from fxsparse.errors import TargetError
 from fxsparse.ir.graph import aten, fake_mode, flat, is_ours
@@ -52,7 +53,7 @@ class Inductor(Target):
         module = with_memory(flat(gm))
         for node in module.graph.nodes:  # symbolic shapes of the capture mean nothing to this trace
             node.meta.pop("val", None)
-        with torch.no_grad(), _not_kept():
+        with torch.no_grad(), _generated():
             run = cast(Runnable, torch._inductor.compile(module, list(inputs), options=self.options(gm) | _tuned(gm)))
         return captured(run, inputs)
 
@@ -63,7 +64,7 @@ class Inductor(Target):
         fake = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
         patches, mode = {"config_patches": self.options(gm)}, fake_mode(module)
         before = len(mode.shape_env.guards)
-        with torch.no_grad(), _not_kept(), _no_word_of_saving(), tracing(TracingContext(mode)):
+        with torch.no_grad(), _generated(), _no_word_of_saving(), tracing(TracingContext(mode)):
             run = torch._inductor.standalone_compile(
                 module, fake, dynamic_shapes="from_tracing_context", options=patches
             )
@@ -74,10 +75,11 @@ class Inductor(Target):
 
 
 @contextlib.contextmanager
-def _not_kept() -> Iterator[None]:
-    """Generated modules hold the weights, and torch keeps them until the process ends. These go with what runs them.
+def _generated() -> Iterator[None]:
+    """What is generated meanwhile keeps the memory of its intermediate results, and goes with what runs it.
 
-    Every build that lost to a faster one would stay in memory otherwise.
+    Generated modules hold the weights, and torch keeps them until the process ends. Every build that lost to a faster
+    one would stay in memory otherwise.
     """
     from torch._inductor.codecache import PyCodeCache
 
@@ -86,6 +88,7 @@ def _not_kept() -> Iterator[None]:
         yield
     finally:
         for module in [m for m in PyCodeCache.modules if id(m) not in before]:
+            give_memory(module)
             if any(isinstance(value, Tensor) for value in vars(module).values()):
                 PyCodeCache.modules.remove(module)
                 sys.modules.pop(module.__name__, None)
@@ -107,7 +110,7 @@ def with_memory(gm: fx.GraphModule) -> fx.GraphModule:
 
         y = op(x, ...)  ->  y = new_empty(x, shape); op_into(x, ..., y)
 
-    A result that the operator itself made would be new at every call; above 32 MB, new pages that the system clears.
+    A result that the operator itself made would be new at every call, and in no memory that is kept (`memory.py`).
     """
     for node in [n for n in gm.graph.nodes if is_ours(n)]:
         into = getattr(torch.ops.fxsparse, f"{node.target._opname}_into", None)
