@@ -8,6 +8,7 @@ decides instead, and the decision says so.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -18,6 +19,7 @@ from fxsparse.formats import FORMATS, Format
 from fxsparse.formats.format import Packed
 from fxsparse.ir.decision import Decision
 from fxsparse.ir.graph import get_tensor
+from fxsparse.ir.symbols import concrete
 from fxsparse.passes.context import Context
 
 # Timed alone, on warm caches, a packed layer looks better than it is inside a network. With 0.97 here ResNet-50 at 15 %
@@ -25,6 +27,9 @@ from fxsparse.passes.context import Context
 FASTER = 0.87
 MODELLED = 0.85  # of the dense work, where nothing is timed
 NO_ZEROS = "the weight has no zeros"
+# Bytes of a result for which glibc asks the system at every call, however often it is freed (M_MMAP_THRESHOLD_MAX). A
+# dense layer pays for those new pages; our kernels write into memory that is kept, which may pay without any zeros.
+NEW_PAGES = 32 << 20
 FORMAT, GROUPS = "fxsparse_format", "fxsparse_row_groups"  # keys of node.meta
 
 
@@ -55,11 +60,21 @@ def _best(decisions: Sequence[Decision]) -> list[Decision]:
 def _of_layer(gm: fx.GraphModule, node: fx.Node, ctx: Context) -> list[Decision]:
     """One decision for each format that is for such layers; one alone where none is, or where nothing is sparse."""
     name = str(cast(fx.Node, node.args[1]).target)
-    if not ctx.force_formats and bool(get_tensor(gm, name).all()):
+    if not ctx.force_formats and bool(get_tensor(gm, name).all()) and not _takes_new_pages(node, ctx):
         return [Decision("choose_formats", name, "store in a sparse format", NO_ZEROS, False)] if ctx.formats else []
     formats = [FORMATS[known] for known in ctx.formats]
     fitting = [f for f in formats if node.target in f.layers]
     return [_decide(gm, node, f, ctx) for f in fitting or formats[:1]]
+
+
+def _takes_new_pages(node: fx.Node, ctx: Context) -> bool:
+    """Whether a dense layer's result is so large, where that can be timed."""
+    val = node.meta["val"]
+    return (
+        ctx.time_format is not None
+        and val.device.type == "cpu"
+        and math.prod(concrete(node, ctx.batch)) * val.dtype.itemsize >= NEW_PAGES
+    )
 
 
 def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Decision:
@@ -72,7 +87,7 @@ def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Dec
     packed = fmt.pack(weight)
     work, groups = fmt.standard(packed) if ctx.standard_operators else (packed.work, packed.row_groups)
     share = work / weight.numel()
-    if share >= 1:
+    if share >= 1 and not _takes_new_pages(node, ctx):
         return Decision("choose_formats", name, what, f"{share:.0%} of the dense layer's work", False)
     data = {"node": node, "format": fmt.name, "groups": groups, "packed": packed, "share": share}
     if ctx.time_format is None or ctx.time_layer is None or ctx.force_formats:

@@ -26,6 +26,7 @@ class Context:
     formats      names of the formats that the target runs, for `choose_formats`
     force_formats  choose a format wherever one fits, whatever it takes: for tests
     standard_operators  formats will be expanded: their work is counted so, and their groups are put in that order
+    batch        samples of the example, which layers are timed with
     facts, layout   what the last analysis found; the report reads them
     """
 
@@ -34,5 +35,6 @@ class Context:
     formats: tuple[str, ...] = ()
     force_formats: bool = False
     standard_operators: bool = False
+    batch: int = 1
     facts: Facts | None = None
     layout: Layout | None = None

@@ -275,6 +275,16 @@ def test_a_format_is_chosen_when_its_layer_is_faster_by_a_margin(sparse_s: float
     assert (decision.data["dense_us"], decision.data["sparse_us"]) == (2e6, sparse_s * 1e6)
 
 
+@pytest.mark.parametrize(("batch", "sparse_s", "accepted"), [(1, 1.0, False), (6000, 1.0, True), (6000, 3.0, False)])
+def test_a_layer_without_zeros_is_timed_where_its_result_is_of_new_pages(
+    batch: int, sparse_s: float, accepted: bool
+) -> None:
+    ctx = Context(lambda *_: 2.0, lambda *_: sparse_s, ("shuffled_block",), batch=batch)
+    _, (decision, *_) = stored(nn.Sequential(nn.Conv2d(8, 64, 1)), torch.randn(2, 8, 5, 5), ctx=ctx)
+    assert decision.accepted == accepted
+    assert ("100% of the work" in decision.why) == (batch > 1)
+
+
 def test_a_target_without_formats_gets_none() -> None:
     _, decisions = stored(Of(lambda m, x: m["a"](x), a=conv(8, 64)), integers(1, 8, 5, 5), ctx=Context())
     assert not decisions
