@@ -376,6 +376,55 @@ def test_inductor_gives_every_packed_layer_memory_of_its_own_planning() -> None:
         assert torch.equal(lowered(x)[0], flat(gm)(x)[0])
 
 
+def _in_place(model: nn.Module, x: Tensor) -> int:
+    """How many packed layers write into their residual, in Inductor's graph; its results are compared too."""
+    gm, _ = stored(model, x)
+    lowered = with_memory(flat(gm))
+    made = [n.target for n in lowered.graph.nodes].count(torch.ops.aten.new_empty.default)
+    wanted = flat(gm)(x)
+    for got, want in zip(lowered(x.clone()), wanted, strict=True):
+        assert torch.equal(got, want)
+    for got, want in zip(find_target("inductor").lower(gm, [x])(x), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-3)
+    return len(layers(gm)) - made
+
+
+def test_a_sum_takes_the_place_of_a_residual_that_is_read_last() -> None:
+    def block(m: nn.ModuleDict, x: Tensor) -> Tensor:
+        y = F.relu(m["a"](x))
+        y = F.relu(m["c"](F.relu(m["b"](y))) + y)
+        return F.relu(m["e"](F.relu(m["d"](y))) + y)
+
+    convs = dict(zip("abcde", (conv(16, 64), *(conv(64, 64) for _ in range(4))), strict=True))
+    assert _in_place(Of(block, **convs), integers(2, 16, 9, 9)) == 2
+
+
+def _multiplied_too(m: nn.ModuleDict, x: Tensor) -> Tensor:
+    y = F.relu(m["a"](x))
+    return F.relu(m["b"](y) + y)
+
+
+def _read_later(m: nn.ModuleDict, x: Tensor) -> Tensor:
+    y = F.relu(m["a"](x))
+    return F.relu(m["b"](F.relu(m["c"](y))) + y) * y.amax((2, 3), keepdim=True)
+
+
+def _a_part_read_later(m: nn.ModuleDict, x: Tensor) -> Tensor:
+    y = F.relu(m["a"](x))
+    part = y[:, 3:5]
+    return torch.cat([F.relu(m["b"](F.relu(m["c"](y))) + y), part], 1)
+
+
+def _of_the_input(m: nn.ModuleDict, x: Tensor) -> Tensor:
+    return F.relu(m["b"](F.relu(m["a"](x[:, :16]))) + x)
+
+
+@pytest.mark.parametrize("forward", [_multiplied_too, _read_later, _a_part_read_later, _of_the_input])
+def test_a_residual_that_is_still_needed_is_not_written_to(forward: Callable[..., Tensor]) -> None:
+    model = Of(forward, a=conv(16, 64, 1), b=conv(64, 64, 1), c=conv(64, 64, 1))
+    assert _in_place(model, integers(2, 64 if forward is _of_the_input else 16, 9, 9)) == 0
+
+
 def test_inductor_does_not_write_the_pointers_of_packed_layers_at_every_call() -> None:
     """It writes out constants of up to 8 elements as code; two groups have pointers of three."""
     model = Of(lambda m, x: m["b"](F.relu(m["a"](x))), a=conv(16, 32), b=conv(32, 48))

@@ -22,7 +22,7 @@ from fxsparse.backend.cuda_graph import captured
 from fxsparse.backend.memory import give_memory
 from fxsparse.backend.target import Runnable, Target
 from fxsparse.errors import TargetError
-from fxsparse.ir.graph import aten, fake_mode, flat, is_ours
+from fxsparse.ir.graph import arg, aten, fake_mode, flat, is_ours
 from fxsparse.kernels.build import compiler, compilers
 
 
@@ -108,7 +108,7 @@ def _no_word_of_saving() -> Iterator[None]:
 def with_memory(gm: fx.GraphModule) -> fx.GraphModule:
     """Our operators write into tensors whose memory Inductor plans and reuses.
 
-        y = op(x, ...)  ->  y = new_empty(x, shape); op_into(x, ..., y)
+        y = op(x, ...)  ->  y = new_empty(x, shape); op_into(x, ..., y)    or in the place of a residual
 
     A result that the operator itself made would be new at every call, and in no memory that is kept (`memory.py`).
     """
@@ -116,12 +116,38 @@ def with_memory(gm: fx.GraphModule) -> fx.GraphModule:
         into = getattr(torch.ops.fxsparse, f"{node.target._opname}_into", None)
         if into is not None and _keeps_open_sizes(node):
             with gm.graph.inserting_before(node):
-                y = gm.graph.call_function(aten.new_empty.default, (node.args[0], _sizes(gm, node)))
+                y = _read_last_by(node) or gm.graph.call_function(
+                    aten.new_empty.default, (node.args[0], _sizes(gm, node))
+                )
                 gm.graph.call_function(into.default, (*node.args, y))
             node.replace_all_uses_with(y)
             gm.graph.erase_node(node)
     gm.recompile()
     return gm
+
+
+def _read_last_by(node: fx.Node) -> fx.Node | None:
+    """The residual that `node` adds, when nothing reads its memory afterwards: the sum goes there.
+
+    Half of what a wide layer writes comes from memory only to be overwritten, and that is spared.
+    """
+    residual = arg(node, "residual") if node.target._opname == "shuffled_block" else None  # type: ignore[union-attr]
+    if residual is None or residual.target is not aten.contiguous.default:
+        return None
+    shared = [residual]
+    while _is_view(shared[0]):
+        shared.insert(0, shared[0].all_input_nodes[0])
+    for alias in shared:
+        shared += [user for user in alias.users if _is_view(user) and user not in shared]
+    once = [a for a in node.args if a in shared] == [residual]  # it reads the residual elsewhere before it is written
+    later = any(user > node for alias in shared for user in alias.users)
+    return residual if once and not later and shared[0].op == "call_function" else None
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether the result may be the memory of its first input."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)
 
 
 def _keeps_open_sizes(node: fx.Node) -> bool:

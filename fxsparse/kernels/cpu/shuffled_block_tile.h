@@ -134,17 +134,49 @@ inline void store(Vec v, BFloat16* to) {
 }
 #endif
 
+// The first `n` lanes only: what lies behind them belongs to another group.
+inline Vec load_some(const float* from, int64_t n) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Vec>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), from));
+#else
+    Vec v{};
+    std::memcpy(&v, from, n * sizeof(float));
+    return v;
+#endif
+}
+inline void store_some(Vec v, float* to, int64_t n) {
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(to, static_cast<__mmask16>((1u << n) - 1), reinterpret_cast<__m512>(v));
+#else
+    std::memcpy(to, &v, n * sizeof(float));
+#endif
+}
+#if defined(__AVX512BF16__)
+inline Vec load_some(const BFloat16* from, int64_t n) {
+    const __m256i bits = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), from);
+    return reinterpret_cast<Vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+inline void store_some(Vec v, BFloat16* to, int64_t n) {
+    const __m256bh narrow = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+    _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << n) - 1), reinterpret_cast<__m256i>(narrow));
+}
+#endif
+
 // Lanes that are channels one after the other, from registers: every index is a constant, or g++ would store them first.
-template <typename T, bool HALF, int V, int P>
-inline __attribute__((always_inline)) void put_whole(typename Part<HALF>::Type (&sum)[P][V], const Sink<T>& sink) {
+// SOME: the last register is not full.
+template <typename T, bool HALF, bool SOME, int V, int P>
+inline __attribute__((always_inline)) void put_in_order(typename Part<HALF>::Type (&sum)[P][V], const Sink<T>& sink) {
     typedef typename Part<HALF>::Type Sum;
     constexpr int WIDE = sizeof(Sum) / sizeof(float);
+    [[maybe_unused]] const int64_t n = sink.lanes - (V - 1) * WIDE;
     if (sink.residual) {
         const T* from = sink.residual + sink.rows[0];
 #pragma GCC unroll 32
         for (int p = 0; p < P; p++, from += sink.step)
 #pragma GCC unroll 4
-            for (int v = 0; v < V; v++) sum[p][v] += load<HALF>(from + v * WIDE);
+            for (int v = 0; v < V; v++)
+                if constexpr (SOME) sum[p][v] += v + 1 < V ? load<HALF>(from + v * WIDE) : load_some(from + v * WIDE, n);
+                else sum[p][v] += load<HALF>(from + v * WIDE);
     }
     if (sink.activation == RELU) {
 #pragma GCC unroll 32
@@ -156,7 +188,9 @@ inline __attribute__((always_inline)) void put_whole(typename Part<HALF>::Type (
 #pragma GCC unroll 32
     for (int p = 0; p < P; p++, to += sink.step)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) store(sum[p][v], to + v * WIDE);
+        for (int v = 0; v < V; v++)
+            if constexpr (SOME) v + 1 < V ? store(sum[p][v], to + v * WIDE) : store_some(sum[p][v], to + v * WIDE, n);
+            else store(sum[p][v], to + v * WIDE);
 }
 
 // Any lanes, `width` of each pixel, some of which may be no rows; any activation.
@@ -328,8 +362,10 @@ void tile(const Read<T>* line, const int64_t* place, int64_t step, const int32_t
             for (int v = 0; v < V; v++) sum[p][v] += load<HALF>(kept[p] + v * WIDE);
     }
     if constexpr (std::is_same_v<T, Read<T>>) {
-        const bool plain = sink.activation == NONE || sink.activation == RELU;
-        if (plain && sink.in_order && sink.lanes >= V * WIDE) return put_whole<T, HALF, V, P>(sum, sink);
+        if (sink.in_order && (sink.activation == NONE || sink.activation == RELU)) {
+            if (sink.lanes >= V * WIDE) return put_in_order<T, HALF, false, V, P>(sum, sink);
+            if constexpr (LANES == 16 && !HALF) return put_in_order<T, HALF, true, V, P>(sum, sink);
+        }
     }
 #pragma GCC unroll 32
     for (int p = 0; p < P; p++)
