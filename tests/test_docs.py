@@ -4,12 +4,14 @@ import json
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 import fxsparse
 from fxsparse import cli
+from fxsparse.measure import Runs
 from tools import bench, layers
 
 ROOT = Path(__file__).parents[1]
@@ -119,3 +121,15 @@ def test_the_table_of_two_four_layers_is_the_committed_rows() -> None:
     text = (ROOT / "docs" / "n_m.md").read_text(encoding="utf-8")
     shown = text.split("<!-- n_m: begin -->")[1].split("<!-- n_m: end -->")[0].strip()
     assert shown == layers.n_m_table(bench.load_rows("n_m")).strip()
+
+
+def test_a_row_compares_with_the_slim_model_in_the_rounds_that_timed_both() -> None:
+    """A near tie is timed longer, without the rest: rounds of another minute are no comparison."""
+    common = Runs({"dense: a": [2.0] * 3, "fxsparse": [1.9] * 3, "slim: a": [1.0] * 3, "torch.compile": [3.8] * 3})
+    longer = common.and_then(Runs({"dense: a": [2.0] * 9, "fxsparse": [1.0] * 9}))
+    arguments = bench._parser().parse_args(["--model", "m"])
+    report = SimpleNamespace(params_before=4, params_after=2, macs_before=8, macs_after=4, chosen="sparse",
+                             verification="", decisions=[])  # fmt: skip
+    row = bench._row(arguments, cast(fxsparse.Report, report), longer, common, {})
+    assert (row["speedup"], row["rounds"], row["eta"]) == (2.0, 12, 1.0)
+    assert (row["over_slim"], row["torch_compile"]) == (1.9, 2.0)

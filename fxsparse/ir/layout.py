@@ -6,12 +6,13 @@ the smallest layout that satisfies all of them is the one to cut to.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, fx
 
-from fxsparse.ir.bits import any_along
+from fxsparse.ir.bits import any_along, some
 from fxsparse.ir.union_find import UnionFind
 
 Space = list[tuple[fx.Node, int]]  # dimensions with one numbering
@@ -72,19 +73,26 @@ class Layout:
             if bool((self.kept[source][i] & ~self.kept[target][j]).any()):
                 self.grow(target, j, self.kept[source][i], self._inherit(source, i, cause))
 
-    def rectangle(self, node: fx.Node) -> Tensor:
-        """Bool of the node's full shape: the elements that stay."""
-        shape = self.shape(node)
+    def rectangle(self, node: fx.Node, through: Container[int] = ()) -> Tensor:
+        """The elements that stay, bool of the node's shape; along dimensions in `through` only whether any does."""
         mask = torch.ones((), dtype=torch.bool, device="cpu")
         for dim, kept in enumerate(self.kept[node]):
-            mask = mask & kept.view([-1 if d == dim else 1 for d in range(len(shape))])
-        return mask.expand(shape)
+            bits = any_along(kept, 0, keepdim=True) if dim in through else kept
+            mask = mask & bits.view([-1 if d == dim else 1 for d in range(len(self.kept[node]))])
+        return mask
 
-    def grow_elements(self, node: fx.Node, elements: Tensor, cause: str) -> None:
-        """Keep the smallest rectangle that holds `elements` (bool of the node's full shape)."""
+    def grow_elements(
+        self, node: fx.Node, elements: Tensor, cause: str, like: Mapping[int, Tensor] = MappingProxyType({})
+    ) -> None:
+        """Keep the smallest rectangle that holds `elements` (bool of the node's full shape).
+
+        like  what to keep where `elements` has one position for a whole dimension
+        """
+        if not some(elements):
+            return
         for dim in range(elements.dim()):
             others = [d for d in range(elements.dim()) if d != dim]
-            self.grow(node, dim, any_along(elements, others), cause)
+            self.grow(node, dim, like[dim] if dim in like else any_along(elements, others), cause)
 
     def why(self, node: fx.Node, dim: int, among: Tensor | None = None) -> dict[str, int]:
         """How many indices (of those in `among`, bool [size]) are kept for each cause other than being needed."""

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from fxsparse.ir.bits import any_along
 
 
 @dataclass(frozen=True)
@@ -103,12 +101,3 @@ def _cut(index: Tensor, shapes: Sequence[Sequence[int]], small: Sequence[Sequenc
 
 def _strides(shape: Sequence[int]) -> list[int]:
     return [math.prod(shape[d + 1 :]) for d in range(len(shape))]
-
-
-def rectangle(kept: Sequence[Tensor], through: Container[int]) -> Tensor:
-    """The elements that stay, one position along dimensions that pass through: whether any is kept there."""
-    mask = torch.ones((), dtype=torch.bool, device="cpu")
-    for dim, bits in enumerate(kept):
-        bits = any_along(bits, 0, keepdim=True) if dim in through else bits
-        mask = mask & bits.view([-1 if d == dim else 1 for d in range(len(kept))])
-    return mask

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from fxsparse.ir.bits import any_along, some, whole
+from fxsparse.ir.bits import whole
 from fxsparse.ir.facts import Facts
 from fxsparse.ir.graph import arg, aten, operator_name, owner
 from fxsparse.ir.layout import Layout
-from fxsparse.ir.lines import Lines, lines_of, rectangle
+from fxsparse.ir.lines import Lines, lines_of
 from fxsparse.ir.symbols import RESHAPES, crossing
 from fxsparse.rules.rule import Rule, Sample, run
 
@@ -56,15 +56,15 @@ class Movement(Rule):
         for n, mixed in zip((sources[0], node), crossing(node), strict=True):
             layout.pin(n, f"{operator_name(node)} ({owner(node)}) mixes it with the batch or another open size", mixed)
         lines = self._lines(node, facts)
-        kept = [rectangle(layout.kept[n], lines.dims(i)) for i, n in enumerate(sources)]
+        kept = [layout.rectangle(n, lines.dims(i)) for i, n in enumerate(sources)]
         moved = torch.cat([bits.flatten() for bits in kept])[lines.index.clamp_min(0)] & (lines.index >= 0)
         for i, n in enumerate(sources):
             like = {dim: layout.kept[n][dims[i]] for dim, dims in lines.through.items()}
-            _grow(layout, node, moved & lines.of_source(i), like, cause)
-        chosen = _scatter(lines.index[rectangle(layout.kept[node], lines.through)], sum(lines.sizes))
+            layout.grow_elements(node, moved & lines.of_source(i), cause, like)
+        chosen = _scatter(lines.index[layout.rectangle(node, lines.through)], sum(lines.sizes))
         for i, (n, part) in enumerate(zip(sources, chosen.split(lines.sizes), strict=True)):
             like = {dims[i]: layout.kept[node][dim] for dim, dims in lines.through.items()}
-            _grow(layout, n, part.view(lines.shapes[i]), like, cause)
+            layout.grow_elements(n, part.view(lines.shapes[i]), cause, like)
 
     def settle(self, node: fx.Node, facts: Facts, layout: Layout) -> None:
         """Pin inputs and output when the operator cannot be cut to the layout. Called when nothing grows any more."""
@@ -155,15 +155,6 @@ def _overwritten(x: Tensor, y: Tensor) -> Tensor:
 
 def _sources(node: fx.Node, facts: Facts) -> list[fx.Node]:
     return [n for n in node.all_input_nodes if n in facts.unknown]
-
-
-def _grow(layout: Layout, node: fx.Node, elements: Tensor, like: Mapping[int, Tensor], cause: str) -> None:
-    """Keep what holds `elements`; along the dimensions in `like`, where they have one position, keep those there."""
-    if not some(elements):
-        return
-    for dim in range(elements.dim()):
-        others = [d for d in range(elements.dim()) if d != dim]
-        layout.grow(node, dim, like[dim] if dim in like else any_along(elements, others), cause)
 
 
 def _scatter(index: Tensor, size: int) -> Tensor:
