@@ -1,5 +1,6 @@
 """Memory of intermediate results that is kept between calls: never under somebody's tensor, and really used."""
 
+import gc
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -117,6 +118,22 @@ def test_results_of_earlier_calls_stay_what_they_were(calls: list[int]) -> None:
         for x, y in zip([*xs, torch.cat(xs[:2])], [*outputs, larger], strict=True):
             torch.testing.assert_close(y, model(x), atol=1e-4, rtol=1e-4)
     assert max(calls) >= SMALLEST, "Inductor's code no longer asks for memory by this name"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # float64 is not frozen: its code holds no weights
+def test_memory_goes_with_the_module_that_uses_it(dtype: torch.dtype) -> None:
+    def alive() -> int:
+        gc.collect()
+        return sum(type(o) is Memory and bool(o._blocks) for o in gc.get_objects())
+
+    before = alive()
+    x = torch.randn(1, 3, 112, 112, dtype=dtype)
+    fast = fxsparse.compile(Wide().eval().to(dtype), target="inductor", example_inputs=(x,), measure=False)
+    with torch.no_grad():
+        fast(x)
+    assert alive() > before
+    del fast
+    assert alive() == before
 
 
 def test_threads_that_call_at_once_do_not_share_memory() -> None:

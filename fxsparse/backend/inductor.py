@@ -78,8 +78,8 @@ class Inductor(Target):
 def _generated() -> Iterator[None]:
     """What is generated meanwhile keeps the memory of its intermediate results, and goes with what runs it.
 
-    Generated modules hold the weights, and torch keeps them until the process ends. Every build that lost to a faster
-    one would stay in memory otherwise.
+    Generated modules hold that and the weights, and torch keeps them until the process ends. Every build that lost to a
+    faster one would stay in memory otherwise.
     """
     from torch._inductor.codecache import PyCodeCache
 
@@ -88,9 +88,9 @@ def _generated() -> Iterator[None]:
         yield
     finally:
         for module in [m for m in PyCodeCache.modules if id(m) not in before]:
-            give_memory(module)
-            if any(isinstance(value, Tensor) for value in vars(module).values()):
+            if give_memory(module) or any(isinstance(value, Tensor) for value in vars(module).values()):
                 PyCodeCache.modules.remove(module)
+                PyCodeCache.modules_no_attr.pop(str(module.__file__), None)
                 sys.modules.pop(module.__name__, None)
 
 

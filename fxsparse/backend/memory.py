@@ -86,8 +86,10 @@ def _in_huge_pages(address: int, n: int) -> None:
     ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), advice)
 
 
-def give_memory(generated: ModuleType) -> None:
-    """What Inductor generated asks this for its intermediate results from now on."""
+def give_memory(generated: ModuleType) -> bool:
+    """What Inductor generated asks this for its intermediate results from now on; False where it does not ask."""
     place: Any = vars(generated)
-    if "empty_strided_cpu" in place and hasattr(torch._C, "_storage_Use_Count"):
-        place["empty_strided_cpu"] = Memory().empty_strided
+    if "empty_strided_cpu" not in place or not hasattr(torch._C, "_storage_Use_Count"):
+        return False
+    place["empty_strided_cpu"] = Memory().empty_strided
+    return True
