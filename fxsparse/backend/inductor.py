@@ -139,7 +139,7 @@ def _read_last_by(node: fx.Node) -> fx.Node | None:
         shared.insert(0, shared[0].all_input_nodes[0])
     for alias in shared:
         shared += [user for user in alias.users if _is_view(user) and user not in shared]
-    once = [a for a in node.args if a in shared] == [residual]  # it reads the residual elsewhere before it is written
+    once = [a for a in node.args if a in shared] == [residual]  # else one group would read what another wrote
     later = any(user > node for alias in shared for user in alias.users)
     return residual if once and not later and shared[0].op == "call_function" else None
 
