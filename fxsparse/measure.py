@@ -148,9 +148,12 @@ class LayerTimes:
         """Seconds for `node` with a weight of `rows` x `columns` (x taps), at the batch given."""
         return self._look_up(_Case.of(node, rows, columns, self.batch))
 
-    def of_format(self, node: fx.Node, packed: object) -> float:
-        """Seconds for `node` with its weight packed and its rows in order, at the batch given."""
-        return self._look_up(_packed_case(packed, node, self.batch))
+    def of_format(self, node: fx.Node, packed: object, summed: bool = False) -> float:
+        """Seconds for `node` with its weight packed and its rows in order, at the batch given.
+
+        summed  with the sum that follows it, where the format's operator does that too
+        """
+        return self._look_up(_packed_case(packed, node, self.batch, summed))
 
     def _look_up(self, case: _Case) -> float:
         key = str(case.key)
@@ -203,7 +206,7 @@ class _Case:
 
 
 @functools.singledispatch
-def _packed_case(packed: object, node: fx.Node, batch: int) -> _Case:
+def _packed_case(packed: object, node: fx.Node, batch: int, summed: bool) -> _Case:
     """What is timed of `node` with a weight packed in one of the formats.
 
     Memory for the output is asked for in every run, as in a network: of `Memory`, where dense layers ask the system,
@@ -213,9 +216,9 @@ def _packed_case(packed: object, node: fx.Node, batch: int) -> _Case:
 
 
 @_packed_case.register
-def _n_m_case(packed: NM, node: fx.Node, batch: int) -> _Case:
+def _n_m_case(packed: NM, node: fx.Node, batch: int, summed: bool) -> _Case:
     val = cast(fx.Node, node.args[0]).meta["val"]
-    shape = concrete(cast(fx.Node, node.args[0]), batch)
+    shape = [*concrete(cast(fx.Node, node.args[0]), batch)[:-1], packed.shape[1]]
     key = ("n_m", digest("n_m"), tuple(shape), packed.shape, packed.n, packed.m, *_kind(val))
 
     def make() -> Callable[[], object]:
@@ -228,24 +231,26 @@ def _n_m_case(packed: NM, node: fx.Node, batch: int) -> _Case:
 
 
 @_packed_case.register
-def _shuffled_block_case(packed: ShuffledBlock, node: fx.Node, batch: int) -> _Case:
+def _shuffled_block_case(packed: ShuffledBlock, node: fx.Node, batch: int, summed: bool) -> _Case:
     val = cast(fx.Node, node.args[0]).meta["val"]
     shape = concrete(cast(fx.Node, node.args[0]), batch)
     geometry: dict[str, Any] = {}
     if node.target is aten.conv2d.default:
         geometry = {n: pair(arg(node, n)) for n in ("stride", "padding", "dilation")}
         shape = [shape[i] for i in (0, 2, 3, 1)]
+    shape[-1] = packed.shape[1]  # before the cut a layer is timed with the columns that will be left
     packed = as_run(packed)
     blocks = hashlib.sha256(packed.row_ptr.numpy().tobytes() + packed.columns.numpy().tobytes()).hexdigest()[:16]
     source = digest("shuffled_block")
-    key = ("shuffled_block", source, tuple(shape), packed.shape, str(geometry), blocks, *_kind(val))
+    key = ("shuffled_block", source, tuple(shape), packed.shape, str(geometry), summed, blocks, *_kind(val))
 
     def make() -> Callable[[], object]:
         x = _ones(shape, val)
         in_order = dataclasses.replace(packed, rows=torch.arange(len(packed.rows), dtype=torch.int32, device="cpu"))
         pairs = [list(geometry.get(n, p)) for n, p in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1)))]
         out = multiply(in_order, x, **geometry)
-        arguments = (x, *in_order.tensors, None, None, list(packed.shape), *pairs, "none")
+        residual = _ones(out.shape, val) if summed else None
+        arguments = (x, *in_order.tensors, None, residual, list(packed.shape), *pairs, "none")
         kept = Memory()
         return lambda: shuffled_block_into(*arguments, kept.empty_like(out))
 

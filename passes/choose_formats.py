@@ -46,6 +46,15 @@ def apply(gm: fx.GraphModule, decision: Decision) -> None:
     node.meta[GROUPS] = decision.data["groups"]
 
 
+def packings(node: fx.Node, weight: Tensor, ctx: Context) -> list[Packed]:
+    """What this layer's weight, or a part of it, is in the formats that would do less than the dense layer's work."""
+    if bool(weight.all()):
+        return []
+    formats = [FORMATS[name] for name in ctx.formats if node.target in FORMATS[name].layers]
+    packed = [f.pack(weight) for f in formats if not f.why_not(node, weight)]
+    return [p for p in packed if p.work < weight.numel()]
+
+
 def _best(decisions: Sequence[Decision]) -> list[Decision]:
     """The decisions of one layer with at most one accepted: the fastest or, where nothing was timed, the smallest."""
     accepted = [d for d in decisions if d.accepted]

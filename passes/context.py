@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from torch import fx
 
@@ -13,8 +13,12 @@ from fxsparse.ir.layout import Layout
 
 # seconds for one convolution or linear node cut to (rows, columns)
 LayerTimer = Callable[[fx.Node, int, int], float]
-# seconds for one such node with a packed weight
-FormatTimer = Callable[[fx.Node, Any], float]
+
+
+class FormatTimer(Protocol):
+    """Seconds for one such node with a packed weight; `summed`: with the sum that follows it."""
+
+    def __call__(self, node: fx.Node, packed: Any, summed: bool = False) -> float: ...
 
 
 @dataclass

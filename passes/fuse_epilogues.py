@@ -71,7 +71,7 @@ def _chain(layer: fx.Node, taken: set[fx.Node]) -> _Chain:
     if user is not None and _is_permute_back(user):
         chain.nodes.append(user)
         node, user = user, _only_user(user, taken)
-    if user is not None and arg(layer, "residual") is None and _is_sum(user, node):
+    if user is not None and arg(layer, "residual") is None and is_sum(user, node):
         chain.nodes.append(user)
         chain.sum, user = user, _only_user(user, taken)
     if user is not None and (activation := _activation(user)):
@@ -90,7 +90,7 @@ def _is_permute_back(node: fx.Node) -> bool:
     return node.target is aten.permute.default and list(cast("list[int]", node.args[1])) == TO_FIRST
 
 
-def _is_sum(node: fx.Node, ours: fx.Node) -> bool:
+def is_sum(node: fx.Node, ours: fx.Node) -> bool:
     """Whether it is `ours + r` with an r of the same shape and dtype."""
     if node.target is not aten.add.Tensor or arg(node, "alpha") != 1:
         return False

@@ -13,21 +13,18 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 from torch import Tensor, fx
 
-from fxsparse.analysis.closure import close, smallest_layout
+from fxsparse.analysis.closure import smallest_layout
 from fxsparse.analysis.reasons import columns_kept, is_layer, rows_kept
 from fxsparse.analysis.sweep import analyze
 from fxsparse.ir.decision import Decision
 from fxsparse.ir.facts import Facts
 from fxsparse.ir.graph import get_tensor, operator_name, owner, replace_weight, set_arg
-from fxsparse.ir.layout import Layout, Space
+from fxsparse.ir.layout import Layout
 from fxsparse.passes.context import Context
+from fxsparse.passes.round_widths import round_widths
 from fxsparse.rules import rule_of
-
-ROUND_TO = 16  # floats in one AVX-512 register, and the channel block of oneDNN's direct convolution
-FASTER = 0.97  # a rounded layer must be at least this much faster: less is noise
 
 
 def plan(gm: fx.GraphModule, ctx: Context) -> list[Decision]:
@@ -35,7 +32,7 @@ def plan(gm: fx.GraphModule, ctx: Context) -> list[Decision]:
     facts = analyze(gm, known=ctx.facts)  # fold_constants changed weights, not values
     layout = smallest_layout(gm, facts)
     if ctx.time_layer is not None:
-        _round_widths(gm, facts, layout, ctx)
+        round_widths(gm, facts, layout, ctx)
     ctx.facts, ctx.layout = facts, layout
     return [d for node in gm.graph.nodes if node in layout.kept for d in _decide(node, facts, layout)]
 
@@ -94,31 +91,3 @@ def _cut_weight(node: fx.Node, layout: Layout) -> list[Decision]:
     data = {"node": node, "indices": indices}
     what = f"remove {' and '.join(kinds)}"
     return [Decision("shrink_channels", str(node.target), what, "no output depends on them", data=data)]
-
-
-def _round_widths(gm: fx.GraphModule, facts: Facts, layout: Layout, ctx: Context) -> None:
-    """Space by space: keep as many dead channels as fill the last register, when its layers then run faster."""
-    layers = [n for n in gm.graph.nodes if is_layer(n)]
-    for space in layout.spaces():
-        node, dim = space[0]
-        kept, size = int(layout.kept[node][dim].sum()), len(layout.kept[node][dim])
-        rounded = min(-(-kept // ROUND_TO) * ROUND_TO, size)
-        touched = [n for n in layers if {(n.args[1], 0), (n.args[1], 1)} & set(space)]
-        if kept not in (0, rounded) and touched and _faster(touched, space, rounded, layout, ctx):
-            extra = (~layout.kept[node][dim]).nonzero().flatten()[: rounded - kept]
-            mask = torch.zeros(size, dtype=torch.bool, device="cpu")
-            mask[extra] = True
-            layout.grow(node, dim, mask, f"rounded up to {rounded}: measured faster")
-            close(gm, facts, layout)
-
-
-def _faster(layers: list[fx.Node], space: Space, rounded: int, layout: Layout, ctx: Context) -> bool:
-    assert ctx.time_layer is not None
-    exact_s = rounded_s = 0.0
-    for layer in layers:
-        weight = cast(fx.Node, layer.args[1])
-        rows, columns = layout.new_shape(weight)[:2]
-        exact_s += ctx.time_layer(layer, rows, columns)
-        wide = [rounded if (weight, dim) in space else width for dim, width in ((0, rows), (1, columns))]
-        rounded_s += ctx.time_layer(layer, wide[0], wide[1])
-    return rounded_s < FASTER * exact_s

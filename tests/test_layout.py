@@ -55,3 +55,57 @@ def test_the_widths_that_are_timed_depend_on_nothing_but_the_times(seed: int) ->
     first = asked()
     assert len({q[1:] for q in first}) > len(WIDTHS)
     assert asked() == first
+
+
+class Block(nn.Module):
+    """Two residual steps, 48 channels wide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(nn.Linear(48, 64) for _ in range(2))
+        self.up = nn.ModuleList(nn.Linear(64, 48) for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for down, up in zip(self.down, self.up, strict=True):
+            x = x + up(down(x).relu())
+        return x
+
+
+class Packing:
+    """What packed layers take, in seconds: `summed` (or alone) where the width is no multiple of 16, otherwise 1."""
+
+    def __init__(self, alone: float, summed: float) -> None:
+        self.alone, self.summed = alone, summed
+
+    def __call__(self, node: fx.Node, packed: object, summed: bool = False) -> float:
+        rows, columns = packed.shape  # type: ignore[attr-defined]
+        if 64 not in (rows, columns):
+            return 9.0  # not in the block
+        return (self.summed if summed else self.alone) if rows % 16 or columns % 16 else 1.0
+
+
+@pytest.mark.parametrize(
+    ("alone", "summed", "dense", "rounded"),
+    [
+        (1.0, 1.0, 2.0, False),
+        (1.1, 1.1, 2.0, True),
+        (1.0, 1.5, 2.0, True),  # only the sums gain
+        (0.9, 1.1, 2.0, False),  # and that is less than the layers lose
+        (1.1, 1.5, 0.5, False),  # dense layers are faster: what packing gains does not matter
+    ],
+)
+def test_packed_layers_are_rounded_with_their_sums(alone: float, summed: float, dense: float, rounded: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 48), Block(), nn.Linear(48, 16)).eval()
+    with torch.no_grad():
+        for layer in (model[0], *model[1].up):  # the residual stream has 45 channels left
+            layer.weight[:3] = layer.bias[:3] = 0
+        for layer in (*model[1].down, *model[1].up):
+            layer.weight[:16, 20:] = 0
+    gm = capture(model, (torch.randn(2, 32),), Masks(), dynamic_batch=True)
+    run(gm, [step for step in PIPELINE if step is not shrink_channels], Context())
+    ctx = Context(time_layer=lambda *_: dense, time_format=Packing(alone, summed), formats=("shuffled_block",))
+    shrink_channels.plan(gm, ctx)
+    assert ctx.layout is not None
+    found = {causes for n in gm.graph.nodes if n.op == "get_attr" for causes in ctx.layout.why(n, 0)}
+    assert ("rounded up to 48: measured faster" in found) == rounded

@@ -1,0 +1,74 @@
+"""Which dimensions keep a few dead channels, as their layers are measured to be faster so. Part of `shrink_channels`.
+
+Dense layers fill their last register then. Packed layers gain where pixels have as many channels as fill whole cache
+lines: every pixel of 251 floats begins elsewhere in a line, and each of its vectors is in two of them.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, fx
+
+from fxsparse.analysis.closure import close
+from fxsparse.analysis.reasons import is_layer
+from fxsparse.ir.facts import Facts
+from fxsparse.ir.graph import get_tensor
+from fxsparse.ir.layout import Layout, Space
+from fxsparse.passes.choose_formats import FASTER as FASTER_PACKED
+from fxsparse.passes.choose_formats import packings
+from fxsparse.passes.context import Context
+from fxsparse.passes.fuse_epilogues import is_sum
+
+ROUND_TO = 16  # floats in an AVX-512 register and in a cache line; channels in a block of oneDNN.s convolutions
+FASTER = 0.97  # rounded layers must be at least this much faster: less is noise
+
+
+def round_widths(gm: fx.GraphModule, facts: Facts, layout: Layout, ctx: Context) -> None:
+    """Space by space: keep as many dead channels as fill the last register, when its layers then run faster."""
+    layers = [n for n in gm.graph.nodes if is_layer(n)]
+    for space in layout.spaces():
+        node, dim = space[0]
+        kept, size = int(layout.kept[node][dim].sum()), len(layout.kept[node][dim])
+        rounded = min(-(-kept // ROUND_TO) * ROUND_TO, size)
+        touched = [n for n in layers if {(n.args[1], 0), (n.args[1], 1)} & set(space)]
+        if kept in (0, rounded) or not touched:
+            continue
+        extra = (~layout.kept[node][dim]).nonzero().flatten()[: rounded - kept]
+        if _faster(gm, touched, space, extra, layout, ctx):
+            mask = torch.zeros(size, dtype=torch.bool, device="cpu")
+            mask[extra] = True
+            layout.grow(node, dim, mask, f"rounded up to {rounded}: measured faster")
+            close(gm, facts, layout)
+
+
+def _faster(
+    gm: fx.GraphModule, layers: list[fx.Node], space: Space, extra: Tensor, layout: Layout, ctx: Context
+) -> bool:
+    exact_s = rounded_s = 0.0
+    for layer in layers:
+        weight = cast(fx.Node, layer.args[1])
+        exact = [layout.indices(weight, dim) for dim in (0, 1)]
+        rounded = [torch.cat([i, extra]).sort()[0] if (weight, d) in space else i for d, i in enumerate(exact)]
+        exact_s += _seconds(gm, layer, exact, ctx)
+        rounded_s += _seconds(gm, layer, rounded, ctx)
+    return rounded_s < FASTER * exact_s
+
+
+def _seconds(gm: fx.GraphModule, layer: fx.Node, kept: list[Tensor], ctx: Context) -> float:
+    """Of one layer cut to these rows and columns, dense or packed as `choose_formats` will find it."""
+    assert ctx.time_layer is not None
+    dense_s = ctx.time_layer(layer, len(kept[0]), len(kept[1]))
+    if ctx.time_format is None:
+        return dense_s
+    weight = get_tensor(gm, str(cast(fx.Node, layer.args[1]).target))
+    for dim, indices in enumerate(kept):
+        weight = weight.index_select(dim, indices.to(weight.device))
+    packed = [p for p in packings(layer, weight, ctx) if ctx.time_format(layer, p) < FASTER_PACKED * dense_s]
+    return min([ctx.time_format(layer, p, _is_summed(layer)) for p in packed], default=dense_s)
+
+
+def _is_summed(layer: fx.Node) -> bool:
+    """Whether its rows are read and written once more, for a sum: `fuse_epilogues` will put that into the layer."""
+    return len(layer.users) == 1 and all(is_sum(user, layer) for user in layer.users)
