@@ -26,7 +26,7 @@ def heads_and_neurons(model: nn.Module, *, sparsity: float, seed: int) -> dict[s
         for (key, layer), (_, after) in pairwise(module.named_children()):
             if isinstance(layer, nn.Linear) and isinstance(after, ACTIVATIONS):
                 alive = _alive(layer.out_features, sparsity, generator)
-                masks |= _rows(f"{name}.{key}.", layer.weight, layer.bias, alive)
+                masks |= _rows_of(f"{name}.{key}", layer, alive)
         if hasattr(module, "num_key_value_groups"):
             masks |= _grouped_heads(name, module, sparsity, generator)
         if hasattr(module, "gate_proj"):
@@ -39,25 +39,26 @@ def _grouped_heads(name: str, module: Any, sparsity: float, generator: torch.Gen
     k, q, out = module.k_proj, module.q_proj, module.o_proj
     keys = _alive(k.out_features // module.head_dim, sparsity, generator).repeat_interleave(module.head_dim)
     queries = keys.view(-1, module.head_dim).repeat_interleave(module.num_key_value_groups, 0).flatten()
-    masks = _rows(f"{name}.q_proj.", q.weight, q.bias, queries)
+    masks = _rows_of(f"{name}.q_proj", q, queries)
     for key in ("k_proj", "v_proj"):
-        layer = getattr(module, key)
-        masks |= _rows(f"{name}.{key}.", layer.weight, layer.bias, keys)
+        masks |= _rows_of(f"{name}.{key}", getattr(module, key), keys)
     return masks | {f"{name}.o_proj.weight": queries.expand_as(out.weight).clone()}
 
 
 def _gated_neurons(name: str, module: Any, sparsity: float, generator: torch.Generator) -> dict[str, Tensor]:
-    gate, up = module.gate_proj, module.up_proj
-    alive = _alive(gate.out_features, sparsity, generator)
-    return _rows(f"{name}.gate_proj.", gate.weight, gate.bias, alive) | _rows(
-        f"{name}.up_proj.", up.weight, up.bias, alive
-    )
+    alive = _alive(module.gate_proj.out_features, sparsity, generator)
+    masks = _rows_of(f"{name}.gate_proj", module.gate_proj, alive)
+    return masks | _rows_of(f"{name}.up_proj", module.up_proj, alive)
 
 
 def _alive(n: int, sparsity: float, generator: torch.Generator) -> Tensor:
     kept = torch.ones(n, dtype=torch.bool)
     kept[torch.randperm(n, generator=generator)[: round(n * sparsity)]] = False
     return kept
+
+
+def _rows_of(name: str, layer: Any, alive: Tensor) -> dict[str, Tensor]:
+    return _rows(f"{name}.", layer.weight, layer.bias, alive)
 
 
 def _rows(prefix: str, weight: Tensor, bias: Tensor | None, alive: Tensor) -> dict[str, Tensor]:
