@@ -6,6 +6,7 @@ Weights and inputs are small integers here: every sum is exact in float32, so a 
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -446,5 +447,5 @@ def test_packed_layers_run_in_inductor_s_c_wrapper() -> None:
     gm, _ = stored(model, x)
     with torch._inductor.config.patch(cpp_wrapper=True):
         run, code = run_and_get_code(lambda: find_target("inductor").lower(gm, [x]))
-    assert "fxsparse::shuffled_block_into" in code[0]
+    assert re.search(r"fxsparse(::|\.)shuffled_block_into\W", code[0])  # torch 2.11 calls it by its name in Python
     assert torch.equal(run(x)[0], flat(gm)(x)[0])

@@ -134,8 +134,8 @@ def _explain(model: nn.Module, call: Call, error: Exception, dynamic_batch: bool
         "Rewrite the part named above without data-dependent Python, compile the submodules that export, or use "
         "torch.compile(model, backend='fxsparse'), which compiles what it can follow."
     )
-    # the last of these: its own check of sizes fails for tensors in **kwargs
-    hints = ("batch", ".size()[0]", ".shape[0]", "name 'L' is not defined")
+    # the last two: its own check of sizes fails for tensors in **kwargs, in torch 2.11 in other words
+    hints = ("batch", ".size()[0]", ".shape[0]", "name 'L' is not defined", "Must provide a tree_name")
     if dynamic_batch and any(hint in str(error) for hint in hints):
         advice = "If the model only works at one batch size, pass dynamic_batch=False. " + advice
     got = first_line(error)
