@@ -76,7 +76,12 @@ def _quantile(values: Sequence[float], q: float) -> float:
     return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
 
-def play_off(ours: Mapping[str, Build], rivals: Mapping[str, Build], seconds: float = SECONDS) -> Runs:
+def play_off(
+    ours: Mapping[str, Build],
+    rivals: Mapping[str, Build],
+    seconds: float = SECONDS,
+    bounds: tuple[int, int] = ROUNDS,
+) -> Runs:
     """Time `ours` in turns with those `rivals` that have a chance to be the fastest rival.
 
     Rivals that a few rounds among themselves show to be far behind keep those few.
@@ -84,7 +89,7 @@ def play_off(ours: Mapping[str, Build], rivals: Mapping[str, Build], seconds: fl
     first = interleave(rivals, QUALIFYING_SECONDS, QUALIFYING_ROUNDS)
     limit = CLOSE * first.median(first.fastest(list(rivals)))
     last = {name: build for name, build in rivals.items() if first.median(name) <= limit}
-    return Runs({**first.ms, **interleave({**ours, **last}, seconds).ms})
+    return Runs({**first.ms, **interleave({**ours, **last}, seconds, bounds).ms})
 
 
 def settled(runs: Runs, a: str, b: str, builds: Mapping[str, Build]) -> Runs:

@@ -4,6 +4,7 @@
 - split, split_with_sizes, chunk, unbind and glu become slices and selections
 - dropout outside training, alias, detach, contiguous, no-op clones and slices of everything (in `x[:, 0]`) go
 - products with a stored matrix [in, out] become linear; an einsum of two tensors becomes the product that it is
+- max and min of which nobody reads the positions become amax and amin, adaptive maximum pools pools with equal windows
 - padding with a constant has one form, and so has conversion to another dtype
 - batch and heads that attention merges and takes apart again are permuted instead
 - cat lets go of tensors that hold nothing (an empty cache)
@@ -41,9 +42,11 @@ from fxsparse.passes.context import Context
 from fxsparse.passes.einsum import Product, product_of, write_product
 from fxsparse.passes.forms import (
     PRODUCTS,
+    is_extreme,
     is_product,
     splits_heads,
     write_conversion,
+    write_extreme,
     write_glu,
     write_heads,
     write_linear,
@@ -91,6 +94,8 @@ def _decide(node: fx.Node, constant: Collection[fx.Node]) -> Decision | None:
         return _accept(node, "write pad as constant_pad_nd", "one form for one operator", write_padding)
     if node.target is aten.glu.default and isinstance(node.meta["val"].shape[arg(node, "dim")], int):
         return _accept(node, "write glu as a product", "its halves are channels of their own", write_glu)
+    if is_extreme(node):
+        return _accept(node, f"write {operator_name(node)} with one result", "nobody reads positions", write_extreme)
     if node.target is aten.type_as.default:
         return _accept(node, "write type_as as a conversion", "it reads no values of its other input", write_conversion)
     if splits_heads(node):

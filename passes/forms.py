@@ -1,7 +1,8 @@
-"""Forms of one operator that `canonicalize` writes as another: products, padding, gates, heads of attention."""
+"""Forms of one operator that `canonicalize` writes as another: products, padding, gates, extremes, heads."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Container
 from typing import Any, cast
 
@@ -10,6 +11,12 @@ from torch import fx
 from fxsparse.ir.graph import arg, aten
 from fxsparse.ir.symbols import RESHAPES
 
+_EXTREMES = {aten.max.dim: aten.amax.default, aten.min.dim: aten.amin.default}
+_ADAPTIVE = {
+    aten.adaptive_max_pool1d.default: aten.max_pool1d.default,
+    aten.adaptive_max_pool2d.default: aten.max_pool2d.default,
+    aten.adaptive_max_pool3d.default: aten.max_pool3d.default,
+}
 PRODUCTS = (aten.addmm.default, aten.mm.default, aten.matmul.default)
 
 
@@ -70,6 +77,42 @@ def write_glu(gm: fx.GraphModule, node: fx.Node) -> None:
     for n in (first, second, gate):
         n.meta.update(node.meta)
     _take_place(gm, new, node)
+
+
+def is_extreme(node: fx.Node) -> bool:
+    """Extremes and their positions, where nobody reads the positions; of windows only where all are of one size."""
+    known = node.target in _EXTREMES or (node.target in _ADAPTIVE and (_of_all(node) or bool(_windows(node))))
+    return known and all(user.target is operator.getitem and user.args[1] == 0 for user in node.users)
+
+
+def write_extreme(gm: fx.GraphModule, node: fx.Node) -> None:
+    """Amax or amin, or a pool with windows of one size."""
+    x, target = cast(fx.Node, node.args[0]), cast(Any, node.target)
+    if target in _EXTREMES:
+        target, args = _EXTREMES[target], [[arg(node, "dim")], arg(node, "keepdim")]
+    elif _of_all(node):
+        target, args = aten.amax.default, [[*range(-len(arg(node, "output_size")), 0)], True]
+    else:
+        target, args = _ADAPTIVE[target], [_windows(node), _windows(node)]
+    with gm.graph.inserting_before(node):
+        new = gm.graph.call_function(target, (x, *args))
+    for item in list(node.users):
+        item.replace_all_uses_with(new)
+        gm.graph.erase_node(item)
+    _take_place(gm, new, node)
+    new.meta["val"] = node.meta["val"][0]
+
+
+def _of_all(node: fx.Node) -> bool:
+    return all(size == 1 for size in arg(node, "output_size"))
+
+
+def _windows(node: fx.Node) -> list[int]:
+    """Sizes of an adaptive pool's windows, its strides too; empty where they differ or depend on the input."""
+    outputs = arg(node, "output_size")
+    sizes = cast(fx.Node, node.args[0]).meta["val"].shape[-len(outputs) :]
+    equal = all(isinstance(n, int) and n % out == 0 for n, out in zip(sizes, outputs, strict=True))
+    return [n // out for n, out in zip(sizes, outputs, strict=True)] if equal else []
 
 
 def splits_heads(node: fx.Node) -> bool:

@@ -71,6 +71,11 @@ IMAGES: dict[str, Callable[[Tensor], Tensor]] = {
     "bicubic": lambda x: F.interpolate(x, size=(9, 7), mode="bicubic"),
     "written to": lambda x: x.slice_scatter(x.amax((2, 3), keepdim=True).expand(-1, -1, 6, 2), 3, 1, 3),
     "by its deviation": lambda x: x / (1 + x.std((2, 3), keepdim=True)),
+    "by the brightest pixel": lambda x: x * F.adaptive_max_pool2d(x, 1),
+    "by the brightest of nine parts": lambda x: F.adaptive_max_pool2d(x, 3),
+    "by the brightest of a few": lambda x: F.adaptive_max_pool1d(x.flatten(2), 4).unsqueeze(2),
+    "by the brightest of a volume": lambda x: F.adaptive_max_pool3d(x.unsqueeze(2), (1, 2, 3)).squeeze(2),
+    "by extremes of lines": lambda x: x.max(2, keepdim=True)[0] - torch.min(x, -1).values.unsqueeze(-1),
     "in a row": lambda x: F.max_pool1d(x.flatten(2), 2).unsqueeze(2),
 }
 
