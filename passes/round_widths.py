@@ -21,7 +21,7 @@ from fxsparse.passes.choose_formats import packings
 from fxsparse.passes.context import Context
 from fxsparse.passes.fuse_epilogues import is_sum
 
-ROUND_TO = 16  # floats in an AVX-512 register and in a cache line; channels in a block of oneDNN.s convolutions
+ROUND_TO = 16  # floats in an AVX-512 register and in a cache line; channels in a block of oneDNN's convolutions
 FASTER = 0.97  # rounded layers must be at least this much faster: less is noise
 
 
