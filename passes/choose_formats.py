@@ -50,8 +50,7 @@ def packings(node: fx.Node, weight: Tensor, ctx: Context) -> list[Packed]:
     """What this layer's weight, or a part of it, is in the formats that would do less than the dense layer's work."""
     if bool(weight.all()):
         return []
-    formats = [FORMATS[name] for name in ctx.formats if node.target in FORMATS[name].layers]
-    packed = [f.pack(weight) for f in formats if not f.why_not(node, weight)]
+    packed = [f.pack(weight) for f in _fitting(node, ctx) if not f.why_not(node, weight)]
     return [p for p in packed if p.work < weight.numel()]
 
 
@@ -71,9 +70,13 @@ def _of_layer(gm: fx.GraphModule, node: fx.Node, ctx: Context) -> list[Decision]
     name = str(cast(fx.Node, node.args[1]).target)
     if not ctx.force_formats and bool(get_tensor(gm, name).all()) and not _takes_new_pages(node, ctx):
         return [Decision("choose_formats", name, "store in a sparse format", NO_ZEROS, False)] if ctx.formats else []
-    formats = [FORMATS[known] for known in ctx.formats]
-    fitting = [f for f in formats if node.target in f.layers]
-    return [_decide(gm, node, f, ctx) for f in fitting or formats[:1]]
+    fitting = _fitting(node, ctx) or [FORMATS[known] for known in ctx.formats[:1]]
+    return [_decide(gm, node, f, ctx) for f in fitting]
+
+
+def _fitting(node: fx.Node, ctx: Context) -> list[Format]:
+    """The target's formats that are for such layers."""
+    return [FORMATS[known] for known in ctx.formats if node.target in FORMATS[known].layers]
 
 
 def _takes_new_pages(node: fx.Node, ctx: Context) -> bool:
