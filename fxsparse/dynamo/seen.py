@@ -12,6 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 _VERSION = operator.attrgetter("_version")
 _EXPIRED = torch.UntypedStorage._expired
+_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: NaN is equal to itself
 
 
 class Seen:
@@ -32,8 +33,10 @@ class Seen:
         self._pointers = [storage.cdata for storage in self._storages]
         self._traces = _traces(tensors)
         self._silent = list(silent)
-        self._values = [tensors[i].detach().clone() for i in self._silent]
-        self._bits = _bits(self._values)
+        bits = [_bits(tensors[i]) for i in self._silent]
+        self._live = [[b for b in bits if b.device == device] for device in {b.device for b in bits}]
+        self._values = [b.clone() for b in bits]
+        self._joined = list(map(torch.cat, self._live))
 
     def alive(self) -> bool:
         """Whether all of them are: the id of one that is gone may belong to a new tensor."""
@@ -46,7 +49,7 @@ class Seen:
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:
         """The same objects, not written to, nor given other storage."""
         traces = self.are(tensors) and not any(map(_EXPIRED, self._pointers)) and self._traces == _traces(tensors)
-        return traces and all(map(torch.equal, self._bits, _bits([tensors[i] for i in self._silent])))
+        return traces and all(map(torch.equal, self._joined, map(torch.cat, self._live)))
 
     def changed(self, tensors: Sequence[Tensor]) -> list[int]:
         """Positions of those that were replaced, written to or given other storage since."""
@@ -54,7 +57,7 @@ class Seen:
         then = zip(self._refs, self._storages, zip(*self._traces, strict=True), tensors, now, strict=True)
         found = {i for i, (ref, s, old, t, new) in enumerate(then) if ref() is not t or s.expired() or old != new}
         values = zip(self._silent, self._values, strict=True)
-        return sorted(found | {i for i, v in values if not all(map(torch.equal, _bits([v]), _bits([tensors[i]])))})
+        return sorted(found | {i for i, v in values if i not in found and not torch.equal(v, _bits(tensors[i]))})
 
 
 def _traces(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
@@ -62,7 +65,6 @@ def _traces(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
     return list(map(_VERSION, tensors)), list(map(Tensor.data_ptr, tensors))
 
 
-def _bits(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What can be compared, NaN with NaN: all that lie on one device in one tensor."""
-    devices = {t.device for t in tensors}
-    return [torch.cat([t.detach() for t in tensors if t.device == d]).view(torch.uint8) for d in devices]
+def _bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers."""
+    return tensor.detach().view(_INTEGER[tensor.element_size()])
