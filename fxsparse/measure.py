@@ -23,9 +23,11 @@ import torch
 from torch import Tensor, fx
 
 from fxsparse.backend.memory import Memory
+from fxsparse.backend.onednn import onednn_convolution, onednn_linear
 from fxsparse.formats.n_m import NM
 from fxsparse.formats.n_m_op import n_m_into
 from fxsparse.formats.shuffled_block import ShuffledBlock
+from fxsparse.formats.shuffled_block_layer import fold
 from fxsparse.formats.shuffled_block_op import as_run, multiply, pair, shuffled_block_into
 from fxsparse.ir.files import replacing
 from fxsparse.ir.graph import arg, aten
@@ -228,7 +230,7 @@ def _n_m_case(packed: NM, node: fx.Node, batch: int, summed: bool) -> _Case:
 
     def make() -> Callable[[], object]:
         x, out = _ones(shape, val), _ones([*shape[:-1], packed.shape[0]], val)
-        arguments = (x, packed.values, packed.codes, None, list(packed.shape), packed.n, packed.m)
+        arguments = (x, packed.values, packed.codes, None, *packed.shape, packed.n, packed.m)
         kept = Memory()
         return lambda: n_m_into(*arguments, kept.empty_like(out))
 
@@ -252,12 +254,12 @@ def _shuffled_block_case(packed: ShuffledBlock, node: fx.Node, batch: int, summe
     def make() -> Callable[[], object]:
         x = _ones(shape, val)
         in_order = dataclasses.replace(packed, rows=torch.arange(len(packed.rows), dtype=torch.int32, device="cpu"))
-        pairs = [list(geometry.get(n, p)) for n, p in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1)))]
+        windows = [list(geometry.get(n, p)) for n, p in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1)))]
         out = multiply(in_order, x, **geometry)
         residual = _ones(out.shape, val) if summed else None
-        arguments = (x, *in_order.tensors, None, residual, list(packed.shape), *pairs, "none")
+        layer = fold(in_order.tensors, None, packed.shape, windows, "none")
         kept = Memory()
-        return lambda: shuffled_block_into(*arguments, kept.empty_like(out))
+        return lambda: shuffled_block_into(x, in_order.values, layer, residual, kept.empty_like(out))
 
     return _Case(key, make)
 
@@ -275,24 +277,6 @@ def _linear(x: Tensor, w: Tensor) -> Callable[[], object]:
     """The faster of PyTorch's own product and oneDNN's with packed weights: Inductor may call either."""
     calls = (lambda: torch.nn.functional.linear(x, w), onednn_linear(x, w))
     return min((call for call in calls if call is not None), key=lambda call: min(_time_ms(call) for _ in range(4)))
-
-
-def _onednn_packs(x: Tensor) -> bool:
-    """Whether oneDNN packs weights for inputs like `x` on this processor: in bfloat16 not every one has the vectors."""
-    if x.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    supported = x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return x.dtype == torch.float32 or bool(supported)
-
-
-def onednn_linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Callable[[], object] | None:
-    """OneDNN with packed weights, as Inductor calls it; None where oneDNN has no such kernel."""
-    if not _onednn_packs(x) or not x.numel():
-        return None
-    with torch.no_grad():
-        packed = torch.ops.mkldnn._reorder_linear_weight(w, x.numel() // x.shape[-1])
-    call = torch.ops.mkldnn._linear_pointwise.default
-    return lambda: call(x, packed, bias, "none", [], "")
 
 
 def _convolution(node: fx.Node, shape: list[int], weight: Tensor, rows: int, columns: int) -> _Case:
@@ -315,22 +299,6 @@ def _convolution(node: fx.Node, shape: list[int], weight: Tensor, rows: int, col
 def _eager(node: fx.Node, x: Tensor, w: Tensor, settings: list[Any], groups: int) -> Callable[[], object]:
     call = cast(Callable[..., object], node.target)
     return lambda: call(x, w, None, *settings, groups)
-
-
-def onednn_convolution(x: Tensor, w: Tensor, settings: list[Any], groups: int) -> Callable[[], object] | None:
-    """OneDNN with packed weights in channels_last, as Inductor calls it; None where oneDNN has no such kernel.
-
-    settings  stride, padding, dilation
-    """
-    if not _onednn_packs(x) or x.dim() != 4 or isinstance(settings[1], str):
-        return None
-    stride, padding, dilation = map(pair, settings)
-    x = x.to(memory_format=torch.channels_last)
-    reorder = cast(Any, torch._C._nn).mkldnn_reorder_conv2d_weight
-    with torch.no_grad():
-        packed = reorder(w.to_mkldnn(), padding, stride, dilation, groups, list(x.shape))
-    call = torch.ops.mkldnn._convolution_pointwise.default
-    return lambda: call(x, packed, None, padding, stride, dilation, groups, "none", [], "")
 
 
 def _machine_key() -> str:

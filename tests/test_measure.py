@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fxsparse import measure
+from fxsparse.backend import onednn
 from fxsparse.measure import Runs, play_off
 
 
@@ -45,8 +46,8 @@ def test_bfloat16_without_its_vectors_is_not_timed_in_onednn(monkeypatch: pytest
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     x, w = torch.ones(1, 4, 5, 5), torch.ones(8, 4, 3, 3)
     for dtype, packs in ((torch.bfloat16, False), (torch.float32, True), (torch.float64, False)):
-        convolution = measure.onednn_convolution(x.to(dtype), w.to(dtype), [[1, 1], [0, 0], [1, 1]], 1)
-        linear = measure.onednn_linear(x.to(dtype), torch.ones(8, 5, dtype=dtype))
+        convolution = onednn.onednn_convolution(x.to(dtype), w.to(dtype), [[1, 1], [0, 0], [1, 1]], 1)
+        linear = onednn.onednn_linear(x.to(dtype), torch.ones(8, 5, dtype=dtype))
         assert [convolution is not None, linear is not None] == [packs, packs]
 
 

@@ -271,7 +271,7 @@ def test_the_operator_in_cpp_gives_what_the_one_in_python_does(dtype: torch.dtyp
     for x, bias in ((torch.randn(3, 64), None), (torch.randn(64, 3).T, torch.randn(37))):
         arguments = (x.to(dtype), packed.values, packed.codes, None if bias is None else bias.to(dtype), [37, 64], n, 4)
         out = torch.full([*x.shape[:-1], 37], torch.nan, dtype=dtype)
-        n_m_into(*arguments, out)
+        n_m_into(*arguments[:4], 37, 64, n, 4, out)
         assert torch.equal(out, n_m(*arguments))
 
 
@@ -283,7 +283,7 @@ MISFITS: dict[str, dict[str, Any]] = {
     "a short output": {"out": torch.ones(1, 20)},
     "an output of another dtype": {"out": torch.ones(2, 20).double()},
     "an output that is not contiguous": {"out": torch.ones(20, 2).T},
-    "values of another weight": {"shape": [40, 32], "out": torch.ones(2, 40)},
+    "values of another weight": {"rows": 40, "out": torch.ones(2, 40)},
     "another pattern": {"m": 8},
 }
 
@@ -291,8 +291,8 @@ MISFITS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("what", MISFITS)
 def test_the_operator_in_cpp_refuses_what_it_would_read_past_the_end_of(what: str) -> None:
     packed = pack(weight(20, 32, 2, 4), 2, 4)
-    good = {"x": torch.ones(2, 32), "values": packed.values, "codes": packed.codes, "bias": None, "shape": [20, 32],
-            "n": 2, "m": 4, "out": torch.ones(2, 20)}  # fmt: skip
+    good = {"x": torch.ones(2, 32), "values": packed.values, "codes": packed.codes, "bias": None, "rows": 20,
+            "columns": 32, "n": 2, "m": 4, "out": torch.ones(2, 20)}  # fmt: skip
     n_m_into(**good)
     with pytest.raises(RuntimeError, match=r"fxsparse::n_m: expected .*; got x .* and an output "):
         n_m_into(**good | MISFITS[what])

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from fxsparse.errors import InputError, TargetError
 from fxsparse.formats import FORMATS
 from fxsparse.formats.grouping import cost, group_rows
 from fxsparse.formats.shuffled_block import ShuffledBlock, pack, split, unpack
+from fxsparse.formats.shuffled_block_layer import fold, unfold
 from fxsparse.formats.shuffled_block_op import multiply, reference, shuffled_block, shuffled_block_into
 from fxsparse.kernels import build
 from fxsparse.kernels.cpu import shuffled_block as kernel
@@ -331,34 +333,66 @@ def test_what_the_kernel_would_read_past_the_end_of_is_refused(what: str, dtype:
         multiply(pack(torch.ones(20, 6, 3, 3).to(dtype)), x.to(dtype), **rest)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("what", [*MISFITS, "a short output", "an output of another dtype", "an output not contiguous"])
+def _folded(packed: ShuffledBlock, bias: Tensor | None, geometry: dict[str, Any], activation: str) -> Tensor:
+    defaults = (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1)))
+    return fold(packed.tensors, bias, packed.shape, [geometry.get(n, d) for n, d in defaults], activation)
+
+
+LAYERS = {
+    "a layer that is cut off": lambda layer: layer[:-1],
+    "a layer of nothing": lambda layer: layer[:3],
+    "a layer of another dtype": lambda layer: layer.double(),
+    "a layer of other values": lambda layer: layer.index_fill(0, torch.tensor([13]), 7),
+    "a layer with gaps": lambda layer: layer.repeat_interleave(2)[::2],
+}
+OUTPUTS = {
+    "a short output": torch.ones(1, 1, 1, 19),
+    "an output of another dtype": torch.ones(1, 1, 1, 20).bfloat16(),
+    "an output not contiguous": torch.ones(1, 1, 1, 40)[..., ::2],
+}
+IN_THE_CALL = [what for what, (_, rest, _) in MISFITS.items() if not rest.keys() & {"bias", "activation"}]
+
+
+@pytest.mark.parametrize("what", [*IN_THE_CALL, *OUTPUTS, *LAYERS])
 def test_the_operator_in_cpp_refuses_the_same(what: str) -> None:
     x, rest, _ = MISFITS.get(what, (torch.ones(1, 3, 3, 6), {}, ""))
-    out = {
-        "a short output": torch.ones(1, 1, 1, 19),
-        "an output of another dtype": torch.ones(1, 1, 1, 20).bfloat16(),
-        "an output not contiguous": torch.ones(1, 1, 1, 40)[..., ::2],
-    }.get(what, torch.ones(*x.shape[:-3], 1, 1, 20))
-    bias, residual = rest.get("bias"), rest.get("residual")
-    sizes = ([20, 6, 3, 3], [1, 1], [0, 0], [1, 1], rest.get("activation", "none"))
+    out = OUTPUTS.get(what, torch.ones(*x.shape[:-3], 1, 1, 20))
+    packed = pack(torch.ones(20, 6, 3, 3))
+    layer = LAYERS.get(what, torch.clone)(_folded(packed, None, {}, "none"))
     with pytest.raises(RuntimeError, match=r"fxsparse::shuffled_block: expected .*; got x .* and an output "):
-        shuffled_block_into(x, *pack(torch.ones(20, 6, 3, 3)).tensors, bias, residual, *sizes, out)
+        shuffled_block_into(x, packed.values, layer, rest.get("residual"), out)
 
 
 @settings(max_examples=30, deadline=None)
-@given(convolutions(), st.sampled_from(ACTIVATIONS), st.sampled_from([torch.float32, torch.bfloat16]))
+@given(convolutions(), st.sampled_from(ACTIVATIONS), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans())
 def test_the_operator_in_cpp_gives_what_the_one_in_python_does(
-    case: tuple[Tensor, Tensor, dict[str, tuple[int, int]]], activation: str, dtype: torch.dtype
+    case: tuple[Tensor, Tensor, dict[str, tuple[int, int]]], activation: str, dtype: torch.dtype, biased: bool
 ) -> None:
     w, x, geometry = case
-    packed, bias = pack(w.to(dtype)), torch.randn(len(w)).to(dtype)
+    packed, bias = pack(w.to(dtype)), torch.randn(len(w)).to(dtype) if biased else None
     x = x.to(dtype)
     plain = multiply(packed, x, bias, activation=activation, **geometry)
     y = multiply(packed, x, bias, plain, activation=activation, **geometry)
     out = torch.full_like(y, torch.nan)
-    sizes = [list(geometry.get(n, d)) for n, d in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1)))]
-    shuffled_block_into(x, *packed.tensors, bias, plain, list(w.shape), *sizes, activation, out)
+    shuffled_block_into(x, packed.values, _folded(packed, bias, geometry, activation), plain, out)
     assert torch.equal(out, y)
+
+
+@settings(max_examples=30, deadline=None)
+@given(convolutions(), st.sampled_from(ACTIVATIONS), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans())
+def test_a_folded_layer_unfolds_to_what_it_was_made_of(
+    case: tuple[Tensor, Tensor, dict[str, tuple[int, int]]], activation: str, dtype: torch.dtype, biased: bool
+) -> None:
+    w, _, geometry = case
+    packed, bias = pack(w.to(dtype)), torch.randn(len(w)).to(dtype) if biased else None
+    arrays, same, (shape, *windows, name) = unfold(packed.values, _folded(packed, bias, geometry, activation))
+    assert all(map(torch.equal, arrays, packed.tensors))
+    assert [a.dtype for a in arrays] == [a.dtype for a in packed.tensors]
+    assert (same is None) == (bias is None)
+    assert bias is None or (same is not None and torch.equal(same, bias))
+    defaults = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
+    assert [tuple(p) for p in windows] == [geometry.get(n, d) for n, d in defaults.items()]
+    assert (tuple(shape), name) == (packed.shape, activation)
 
 
 def test_groups_that_leave_out_a_row_with_a_nonzero_are_refused() -> None:

@@ -27,13 +27,15 @@ from tabulate import tabulate
 from torch import Tensor
 
 from fxsparse.backend.memory import Memory
+from fxsparse.backend.onednn import onednn_convolution, onednn_linear
 from fxsparse.coarsen import n_m
 from fxsparse.formats.n_m import pack as pack_n_m
 from fxsparse.formats.n_m_op import multiply as multiply_n_m
 from fxsparse.formats.n_m_op import n_m_into
 from fxsparse.formats.shuffled_block import pack
+from fxsparse.formats.shuffled_block_layer import fold
 from fxsparse.formats.shuffled_block_op import as_run, multiply, shuffled_block_into
-from fxsparse.measure import Runs, cpu_name, interleave, onednn_convolution, onednn_linear
+from fxsparse.measure import Runs, cpu_name, interleave
 from tools.bench import ROWS, git, load_rows
 from tools.block_recipes import block_mask
 
@@ -91,8 +93,8 @@ def _row(
     if dense is None:
         raise SystemExit("tools.layers compares with oneDNN on a CPU, and this build of torch has none")
     out = multiply(packed, inside, stride=[stride] * 2, padding=[padding] * 2)
-    sizes = (list(packed.shape), [stride] * 2, [padding] * 2, [1, 1], "none")
-    call = partial(shuffled_block_into, inside, *packed.tensors, None, None, *sizes)
+    folded = fold(packed.tensors, None, packed.shape, [[stride] * 2, [padding] * 2, [1, 1]], "none")
+    call = partial(shuffled_block_into, inside, packed.values, folded, None)
     kept = Memory()  # as in a network: see fxsparse/backend/memory.py
     runs = interleave({"dense": dense, "packed": lambda: call(kept.empty_like(out))}, seconds=0.5)
     command = (
@@ -117,7 +119,7 @@ def _n_m_row(sizes: tuple[int, int], tokens: int, dtype: torch.dtype, arguments:
         "mkl": _mkl(x, weight),
     }  # fmt: skip
     builds = {name: call for name, call in dense.items() if call is not None}
-    out, call = multiply_n_m(packed, x), partial(n_m_into, x, packed.values, packed.codes, None, [outs, ins], 2, 4)
+    out, call = multiply_n_m(packed, x), partial(n_m_into, x, packed.values, packed.codes, None, outs, ins, 2, 4)
     kept = Memory()
     runs = interleave({**builds, "packed": lambda: call(kept.empty_like(out))}, seconds=1.0)
     command = f"python -m tools.layers --format n_m --threads {arguments.threads}"

@@ -20,8 +20,10 @@ from torch._guards import TracingContext, tracing
 from fxsparse.backend.any_size import AnySize, Assumptions
 from fxsparse.backend.cuda_graph import captured
 from fxsparse.backend.memory import give_memory
+from fxsparse.backend.onednn import faster_products
 from fxsparse.backend.target import Runnable, Target
 from fxsparse.errors import TargetError
+from fxsparse.formats import FORMATS
 from fxsparse.ir.graph import arg, aten, fake_mode, flat, is_ours
 from fxsparse.kernels.build import compiler, compilers
 
@@ -53,7 +55,7 @@ class Inductor(Target):
         module = with_memory(flat(gm))
         for node in module.graph.nodes:  # symbolic shapes of the capture mean nothing to this trace
             node.meta.pop("val", None)
-        with torch.no_grad(), _generated():
+        with torch.no_grad(), _generated(), faster_products():
             run = cast(Runnable, torch._inductor.compile(module, list(inputs), options=self.options(gm) | _tuned(gm)))
         return captured(run, inputs)
 
@@ -112,18 +114,26 @@ def with_memory(gm: fx.GraphModule) -> fx.GraphModule:
 
     A result that the operator itself made would be new at every call, and in no memory that is kept (`memory.py`).
     """
+    formats = {fmt.operator: fmt for fmt in FORMATS.values() if fmt.operator is not None}
     for node in [n for n in gm.graph.nodes if is_ours(n)]:
-        into = getattr(torch.ops.fxsparse, f"{node.target._opname}_into", None)
-        if into is not None and _keeps_open_sizes(node):
-            with gm.graph.inserting_before(node):
-                y = _read_last_by(node) or gm.graph.call_function(
-                    aten.new_empty.default, (node.args[0], _sizes(gm, node))
-                )
-                gm.graph.call_function(into.default, (*node.args, y))
-            node.replace_all_uses_with(y)
-            gm.graph.erase_node(node)
+        arguments = formats[node.target].into(gm, node) if _keeps_open_sizes(node) else None
+        if arguments is not None:
+            _call_twin(gm, node, arguments)
     gm.recompile()
     return gm
+
+
+def _call_twin(gm: fx.GraphModule, node: fx.Node, arguments: Sequence[Any]) -> None:
+    twin = getattr(torch.ops.fxsparse, f"{cast(Any, node.target)._opname}_into").default
+    with gm.graph.inserting_before(node):
+        y = _read_last_by(node) or gm.graph.call_function(aten.new_empty.default, (node.args[0], _sizes(gm, node)))
+        gm.graph.call_function(twin, (*arguments, y))
+    node.replace_all_uses_with(y)
+    stored = [n for n in node.all_input_nodes if n.op == "get_attr"]
+    gm.graph.erase_node(node)
+    for weight in stored:
+        if not weight.users:
+            gm.graph.erase_node(weight)
 
 
 def _read_last_by(node: fx.Node) -> fx.Node | None:

@@ -12,12 +12,10 @@ from torch import fx
 
 from fxsparse.analysis.reasons import is_layer
 from fxsparse.backend.inductor import Inductor
-from fxsparse.ir.graph import is_ours
 
-CALL_US = 30.0  # what calling a layer's kernel costs in Python and not in C++
+CALL_US = 30.0  # what calling a dense layer's kernel costs in Python and not in C++; our operators gain next to nothing
 WORTH = 0.03  # the part of the time that is worth a longer compilation
 FEWEST_CALLS = 12  # models of a few layers take microseconds either way
-MOST_OURS = 20  # of our operators: their calls take the C++ compiler a second each
 
 
 class InductorCpp(Inductor):
@@ -28,11 +26,9 @@ class InductorCpp(Inductor):
     refines = "inductor"
 
     def worthwhile(self, gm: fx.GraphModule, ms: float) -> bool:
-        calls = [n for n in gm.graph.nodes if n.op == "call_function" and (is_layer(n) or is_ours(n))]
-        ours = sum(map(is_ours, calls))
+        calls = sum(n.op == "call_function" and is_layer(n) for n in gm.graph.nodes)
         on_gpu = any(b.is_cuda for b in gm.buffers())
-        saved = len(calls) * CALL_US / 1e3
-        return not on_gpu and len(calls) >= FEWEST_CALLS and ours <= MOST_OURS and saved >= WORTH * ms
+        return not on_gpu and calls >= FEWEST_CALLS and calls * CALL_US / 1e3 >= WORTH * ms
 
     def options(self, gm: fx.GraphModule) -> dict[str, Any]:
         return super().options(gm) | {"cpp_wrapper": True}

@@ -70,6 +70,13 @@ class Format:
         """Insert the format's own operator before `node`; returns the node whose value replaces it."""
         raise NotImplementedError
 
+    def into(self, gm: fx.GraphModule, node: fx.Node) -> Sequence[Any] | None:
+        """For `node`, a call of `operator`: what its twin `<operator>_into` takes beside the output.
+
+        None where it has no twin, or the node's arguments are none for it.
+        """
+        return None
+
     def check_call(self, arguments: Sequence[Any]) -> None:
         """Raise InputError unless a call of `operator` that comes from a file is one that `lower` could have made.
 

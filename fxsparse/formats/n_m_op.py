@@ -30,11 +30,20 @@ from fxsparse.kernels.cpu import n_m as kernel
 
 # Without a timer only layers whose weights few tokens share: with more, multiplying costs more than reading.
 FEW_TOKENS = {torch.float32: 4, torch.bfloat16: 1}
+
+
+def _unfolded(x: Tensor, values: Tensor, codes: Tensor, bias: Tensor | None, *numbers: int) -> Sequence[Any]:
+    rows, columns, n, m = numbers
+    return x, values, codes, bias, [rows, columns], n, m
+
+
 n_m, n_m_into = define(
     "n_m",
     "Tensor x, Tensor values, Tensor codes, Tensor? bias, int[] shape, int n, int m",
     kernel.register_operator,
     kernel.DTYPES,
+    # a list among the arguments takes the C++ compiler a sixth of a second per call (backend/inductor_cpp.py)
+    folded=("Tensor x, Tensor values, Tensor codes, Tensor? bias, int rows, int columns, int n, int m", _unfolded),
 )
 
 
@@ -139,6 +148,10 @@ class NMFormat(Format):
         weight = new_weight(gm, node, str(values.target).removesuffix("_values"), unpack(packed))
         with gm.graph.inserting_before(node):
             return gm.graph.call_function(aten.linear.default, (x, weight, bias))
+
+    def into(self, gm: fx.GraphModule, node: fx.Node) -> Sequence[Any]:
+        *tensors, shape, n, m = node.args
+        return *tensors, *cast(Any, shape), n, m
 
     def check_call(self, arguments: Sequence[Any]) -> None:
         values, codes, shape, (n, m) = arguments[1], arguments[2], arguments[4], arguments[5:7]

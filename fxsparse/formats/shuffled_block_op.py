@@ -31,7 +31,8 @@ from fxsparse.formats.format import Format, Standard
 from fxsparse.formats.operator import LIBRARY, define
 from fxsparse.formats.shuffled_block import ARRAYS, ShuffledBlock, pack, split, unpack
 from fxsparse.formats.shuffled_block_aten import TO_FIRST, TO_LAST, expand, standard
-from fxsparse.ir.graph import arg, aten, new_weight
+from fxsparse.formats.shuffled_block_layer import fold, unfold
+from fxsparse.ir.graph import arg, aten, get_tensor, new_weight
 from fxsparse.kernels.build import instruction_set
 from fxsparse.kernels.cpu.shuffled_block import register_operator
 from fxsparse.kernels.cpu.shuffled_block import run as run_on_cpu
@@ -43,12 +44,20 @@ Pair = Sequence[int]
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 LARGEST_IMAGE = 2**29  # elements: the kernel counts with 32 bits inside an image, padding included
 _INDEX_DTYPES = [torch.int64, *[torch.int32] * 4]  # of value_ptr and what follows it
+
+
+def _unfolded(x: Tensor, values: Tensor, layer: Tensor, residual: Tensor | None) -> Sequence[Any]:
+    packed, bias, rest = unfold(values, layer)
+    return x, *packed, bias, residual, *rest
+
+
 shuffled_block, shuffled_block_into = define(
     "shuffled_block",
     "Tensor x, Tensor values, Tensor value_ptr, Tensor columns, Tensor column_ptr, Tensor rows, Tensor row_ptr,"
     " Tensor? bias, Tensor? residual, int[] shape, int[2] stride, int[2] padding, int[2] dilation, str activation",
     register_operator,
     KERNEL_DTYPES,
+    folded=("Tensor x, Tensor values, Tensor layer, Tensor? residual", _unfolded),
 )
 
 
@@ -216,6 +225,17 @@ class ShuffledBlockFormat(Format):
             rest: tuple[Any, ...] = (list(packed.shape), *geometry, "none")
             y = gm.graph.call_function(shuffled_block, (x, *tensors, arg(node, "bias"), None, *rest))
             return gm.graph.call_function(aten.permute.default, (y, TO_FIRST)) if is_conv else y
+
+    def into(self, gm: fx.GraphModule, node: fx.Node) -> Sequence[Any] | None:
+        x, values, *indices, bias, residual = node.args[:9]
+        stored = [values, *indices, *([] if bias is None else [bias])]
+        if any(not isinstance(n, fx.Node) or n.op != "get_attr" for n in stored):
+            return None
+        tensors = [get_tensor(gm, str(cast(fx.Node, n).target)) for n in stored]
+        shape, *windows, activation = cast(Any, node.args[9:])
+        layer = fold(tensors[:6], tensors[6] if bias is not None else None, shape, windows, activation)
+        name = f"{cast(fx.Node, values).target}_layer"
+        return x, values, new_weight(gm, node, name, layer), residual
 
     def check_call(self, arguments: Sequence[Any]) -> None:
         arrays, shape, pairs, activation = arguments[1:7], arguments[9], arguments[10:13], arguments[13]

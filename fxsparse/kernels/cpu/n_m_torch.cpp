@@ -7,7 +7,6 @@
 #include <cstdint>
 #include <optional>
 #include <type_traits>
-#include <vector>
 
 #include "n_m.h"
 #include "torch_call.h"
@@ -31,11 +30,10 @@ Kernel kernel_for(ScalarType dtype) {
     }
 }
 
-void n_m_into(Tensor x, Tensor values, Tensor codes, std::optional<Tensor> bias, std::vector<int64_t> shape, int64_t n,
+void n_m_into(Tensor x, Tensor values, Tensor codes, std::optional<Tensor> bias, int64_t rows, int64_t columns, int64_t n,
               int64_t m, Tensor out) {
     const auto dtype = x.scalar_type();
     const Call call{"n_m", x, out};
-    const int64_t rows = shape[0], columns = shape[1];
     const Kernel kernel = kernel_for(dtype);
     call.expect(kernel && m == 4 && (n == 1 || n == 2), "1:4 or 2:4 in float32, bfloat16 or float64");
     call.expect(values.scalar_type() == dtype && out.scalar_type() == dtype, "values and output in the dtype of x");
@@ -61,7 +59,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fxsparse, m) {
     float32_kernel = fxsparse_n_m_f32;
     bfloat16_kernel = fxsparse_n_m_bf16;
     float64_kernel = fxsparse_n_m_f64;
-    m.def("n_m_into(Tensor x, Tensor values, Tensor codes, Tensor? bias, int[] shape, int n, int m, Tensor(a!) out) -> ()");
+    m.def(
+        "n_m_into(Tensor x, Tensor values, Tensor codes, Tensor? bias, int rows, int columns, int n, int m, Tensor(a!) out)"
+        " -> ()");
 }
 #else
 extern "C" void fxsparse_use_kernels(Kernel of_float32, Kernel of_bfloat16, Kernel of_float64) {

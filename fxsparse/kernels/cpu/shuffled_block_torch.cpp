@@ -7,35 +7,25 @@
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <cstdint>
-#include <iterator>
 #include <optional>
-#include <string>
 #include <type_traits>
-#include <vector>
 
 #include "shuffled_block.h"
 #include "torch_call.h"
 
 namespace {
 
+using shuffled_block::Layer;
 using shuffled_block::Problem;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using Sizes = std::vector<int64_t>;
 using Kernel = void (*)(const void* problem, const void* x, void* y, const void* values, const void* value_ptr,
                         const void* columns, const void* column_ptr, const void* rows, const void* row_ptr,
                         const void* bias, const void* residual);
 
 Kernel float32_kernel = nullptr, bfloat16_kernel = nullptr;
 constexpr int64_t LARGEST_IMAGE = int64_t{1} << 29;  // elements: inside an image the kernel counts with 32 bits
-const char* const ACTIVATIONS[] = {"none", "relu", "relu6", "silu", "gelu", "hardswish"};
-
-int64_t number_of(const std::string& activation) {
-    const auto* const end = std::end(ACTIVATIONS);
-    return std::find(std::begin(ACTIVATIONS), end, activation) - std::begin(ACTIVATIONS);
-}
 
 int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t padding, int64_t dilation) {
     return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
@@ -49,48 +39,51 @@ bool same_shape(const Tensor& a, const Tensor& b) {
     return true;
 }
 
-// All of it but its last three numbers. Without image dimensions all pixels are one line.
-Problem problem(const Call& call, const Sizes& shape, const Sizes& stride, const Sizes& padding, const Sizes& dilation) {
-    const int64_t kh = shape.size() == 4 ? shape[2] : 1, kw = shape.size() == 4 ? shape[3] : 1;
+// Without image dimensions all pixels are one line.
+Problem problem(const Call& call, const Layer& l) {
     const auto from = call.x.sizes(), to = call.out.sizes();
     const size_t last = from.size() - 1;
     const bool image = from.size() == 4;
-    const bool pointwise = kh * kw * stride[0] * stride[1] == 1 && !padding[0] && !padding[1];
+    const bool pointwise = l.kernel_height * l.kernel_width * l.stride_y * l.stride_x == 1 && !l.padding_y && !l.padding_x;
     call.expect(!from.empty() && from.size() == to.size(), "an output with as many dimensions as x");
-    call.expect(from[last] == shape[1] && to[last] == shape[0], "the weight's channels in the last dimension");
+    call.expect(from[last] == l.channels && to[last] == l.out_channels, "the weight's channels in the last dimension");
     call.expect(image || pointwise, "x [N, H, W, I]");
-    const int64_t n = image ? from[0] : 1, h = image ? from[1] : 1, w = image ? from[2] : call.x.numel() / shape[1];
-    const int64_t oh = output_size(h, kh, stride[0], padding[0], dilation[0]);
-    const int64_t ow = output_size(w, kw, stride[1], padding[1], dilation[1]);
-    call.expect(oh > 0 && ow > 0 && call.out.numel() == n * oh * ow * shape[0], "an output of the product's size");
+    const int64_t n = image ? from[0] : 1, h = image ? from[1] : 1, w = image ? from[2] : call.x.numel() / l.channels;
+    const int64_t oh = output_size(h, l.kernel_height, l.stride_y, l.padding_y, l.dilation_y);
+    const int64_t ow = output_size(w, l.kernel_width, l.stride_x, l.padding_x, l.dilation_x);
+    call.expect(oh > 0 && ow > 0 && call.out.numel() == n * oh * ow * l.out_channels, "an output of the product's size");
     call.expect(!image || (to[0] == n && to[1] == oh && to[2] == ow), "an output of the product's shape");
-    call.expect(h * w * shape[1] <= LARGEST_IMAGE, "images of at most 2^29 elements");
-    return {n, h, w, shape[1], oh, ow, shape[0], kh, kw, stride[0], stride[1], padding[0], padding[1], dilation[0],
-            dilation[1], 0, 0, 0};
+    call.expect(h * w * l.channels <= LARGEST_IMAGE, "images of at most 2^29 elements");
+    return {n, h, w, l.channels, oh, ow, l.out_channels, l.kernel_height, l.kernel_width, l.stride_y, l.stride_x,
+            l.padding_y, l.padding_x, l.dilation_y, l.dilation_x, l.groups, l.activation, torch::stable::get_num_threads()};
 }
 
-void shuffled_block_into(Tensor x, Tensor values, Tensor value_ptr, Tensor columns, Tensor column_ptr, Tensor rows,
-                         Tensor row_ptr, std::optional<Tensor> bias, std::optional<Tensor> residual, Sizes shape,
-                         Sizes stride, Sizes padding, Sizes dilation, std::string activation, Tensor out) {
+const Layer& layer_of(const Call& call, const Tensor& folded, const Tensor& values) {
+    const int64_t n = folded.numel();
+    call.expect(folded.scalar_type() == ScalarType::Long && folded.is_contiguous() && n * 8 >= int64_t{sizeof(Layer)},
+                "a layer of int64");
+    const Layer& layer = *static_cast<const Layer*>(folded.data_ptr());
+    call.expect(layer.end == n && layer.values == values.numel(), "a layer that is whole, and its own values");
+    return layer;
+}
+
+void shuffled_block_into(Tensor x, Tensor values, Tensor folded, std::optional<Tensor> residual, Tensor out) {
     const ScalarType dtype = x.scalar_type();
     const Call call{"shuffled_block", x, out};
     call.expect(dtype == ScalarType::Float || dtype == ScalarType::BFloat16, "float32 or bfloat16");
     call.expect(out.scalar_type() == dtype && out.is_contiguous(), "a contiguous output in the dtype of x");
     call.expect(values.scalar_type() == dtype, "packed values in the dtype of x");
     if (!out.numel()) return;
-    Problem q = problem(call, shape, stride, padding, dilation);
-    if (bias) call.expect(bias->scalar_type() == dtype && bias->numel() == shape[0], "a bias of the output's channels and dtype");
+    const Layer& layer = layer_of(call, folded, values);
+    const Problem q = problem(call, layer);
     if (residual) call.expect(residual->scalar_type() == dtype && same_shape(*residual, out), "a residual like the output");
-    q.groups = row_ptr.numel() - 1;
-    q.activation = number_of(activation);
-    call.expect(q.activation < 6, "a known activation");
-    q.threads = torch::stable::get_num_threads();
     x = dense(x);
-    bias = dense(bias);
     residual = dense(residual);
+    const auto* const words = reinterpret_cast<const int64_t*>(&layer);
     const Kernel kernel = dtype == ScalarType::Float ? float32_kernel : bfloat16_kernel;
-    kernel(&q, x.data_ptr(), out.data_ptr(), values.data_ptr(), value_ptr.data_ptr(), columns.data_ptr(),
-           column_ptr.data_ptr(), rows.data_ptr(), row_ptr.data_ptr(), data_of(bias), data_of(residual));
+    kernel(&q, x.data_ptr(), out.data_ptr(), values.data_ptr(), words + layer.value_ptr, words + layer.columns,
+           words + layer.column_ptr, words + layer.rows, words + layer.row_ptr,
+           layer.bias ? words + layer.bias : nullptr, data_of(residual));
 }
 
 }  // namespace
@@ -101,10 +94,7 @@ extern "C" std::remove_pointer_t<Kernel> fxsparse_shuffled_block_f32, fxsparse_s
 STABLE_TORCH_LIBRARY_FRAGMENT(fxsparse, m) {
     float32_kernel = fxsparse_shuffled_block_f32;
     bfloat16_kernel = fxsparse_shuffled_block_bf16;
-    m.def(
-        "shuffled_block_into(Tensor x, Tensor values, Tensor value_ptr, Tensor columns, Tensor column_ptr, Tensor rows,"
-        " Tensor row_ptr, Tensor? bias, Tensor? residual, int[] shape, int[2] stride, int[2] padding, int[2] dilation,"
-        " str activation, Tensor(a!) out) -> ()");
+    m.def("shuffled_block_into(Tensor x, Tensor values, Tensor layer, Tensor? residual, Tensor(a!) out) -> ()");
 }
 #else
 extern "C" void fxsparse_use_kernels(Kernel of_float32, Kernel of_bfloat16) {
