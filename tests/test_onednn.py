@@ -59,6 +59,6 @@ def test_inductor_is_left_as_it_was() -> None:
 
 @pytest.mark.parametrize(("ours", "mkl", "faster"), [(1.0, 2.0, True), (2.0, 1.0, False), (1.0, 1.0, False)])
 def test_the_clock_decides(ours: float, mkl: float, faster: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow_once = itertools.chain([9.0, 9.0], itertools.cycle([ours, mkl]))
+    slow_once = itertools.chain([9.0, 9.0], itertools.cycle([ours, mkl]))  # what disturbs a round only ever adds
     monkeypatch.setattr(onednn, "_seconds", lambda call: call() is None or next(slow_once))
     assert onednn.faster_than_mkl.__wrapped__(3, 16, 8, 1) is faster

@@ -380,6 +380,19 @@ def test_inductor_gives_every_packed_layer_memory_of_its_own_planning() -> None:
         assert torch.equal(lowered(x)[0], flat(gm)(x)[0])
 
 
+def test_a_bias_that_is_computed_at_every_call_stays_an_argument() -> None:
+    """What never changes is handed over as one tensor; this bias is no part of it."""
+    gm, _ = stored(Of(lambda m, x: m["a"](x), a=conv(16, 32)), integers(2, 16, 9, 9))
+    node = layers(gm)[0]
+    bias = arg(node, "bias")
+    with gm.graph.inserting_before(node):
+        node.replace_input_with(bias, gm.graph.call_function(torch.ops.aten.neg.default, (bias,)))
+    lowered = with_memory(flat(gm))
+    assert [n.target for n in layers(lowered)] == [shuffled_block]
+    x = integers(2, 16, 9, 9)
+    assert torch.equal(lowered(x)[0], flat(gm)(x)[0])
+
+
 def _in_place(model: nn.Module, x: Tensor) -> int:
     """How many packed layers write into their residual, in Inductor's graph; its results are compared too."""
     gm, _ = stored(model, x)

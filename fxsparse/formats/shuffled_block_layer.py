@@ -1,8 +1,8 @@
 """A packed layer as the operator that Inductor calls takes it: values, and one tensor for all else that never changes.
 
-Between small layers the time goes into handing over arguments: `shuffled_block` has fourteen, its twin five. `layer` is
-int64: the numbers of `struct Layer` in kernels/cpu/shuffled_block.h, then value_ptr, columns, column_ptr, rows, row_ptr
-and the bias, each with its own bits from a whole int64 on.
+Between small layers the time goes into handing over arguments: with its output `shuffled_block` has fifteen, its twin
+five. `layer` is int64: the numbers of `struct Layer` in kernels/cpu/shuffled_block.h, then value_ptr, columns,
+column_ptr, rows, row_ptr and the bias, each with its own bits from a whole int64 on.
 """
 
 from __future__ import annotations
