@@ -16,13 +16,13 @@ struct Problem {
 };
 
 // What stays the same from call to call, at the beginning of a tensor of int64: fxsparse/formats/shuffled_block_layer.py
-// writes it. Arrays begin so many int64 after its own beginning; a
-// bias at 0 is none.
+// writes it. The arrays begin so many int64 after its own beginning; a bias at 0 is none.
 struct Layer {
     int64_t out_channels, channels, kernel_height, kernel_width, dimensions;
     int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
     int64_t groups, activation, values;
     int64_t value_ptr, columns, column_ptr, rows, row_ptr, bias, end;
 };
+static_assert(sizeof(Layer) == 21 * sizeof(int64_t));  // NUMBERS there
 
 }  // namespace shuffled_block
