@@ -379,11 +379,23 @@ def test_the_operator_in_cpp_gives_what_the_one_in_python_does(
 
 
 @settings(max_examples=30, deadline=None)
-@given(convolutions(), st.sampled_from(ACTIVATIONS), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans())
+@given(
+    convolutions(),
+    st.sampled_from(ACTIVATIONS),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.booleans(),
+    st.booleans(),
+)
 def test_a_folded_layer_unfolds_to_what_it_was_made_of(
-    case: tuple[Tensor, Tensor, dict[str, tuple[int, int]]], activation: str, dtype: torch.dtype, biased: bool
+    case: tuple[Tensor, Tensor, dict[str, tuple[int, int]]],
+    activation: str,
+    dtype: torch.dtype,
+    biased: bool,
+    flat: bool,
 ) -> None:
     w, _, geometry = case
+    if flat:
+        w, geometry = w.flatten(1), {}
     packed, bias = pack(w.to(dtype)), torch.randn(len(w)).to(dtype) if biased else None
     arrays, same, (shape, *windows, name) = unfold(packed.values, _folded(packed, bias, geometry, activation))
     assert all(map(torch.equal, arrays, packed.tensors))
