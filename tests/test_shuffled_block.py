@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, fx, nn
 
 from fxsparse.errors import InputError, TargetError
 from fxsparse.formats import FORMATS
 from fxsparse.formats.grouping import cost, group_rows
-from fxsparse.formats.shuffled_block import ShuffledBlock, pack, split, unpack
+from fxsparse.formats.shuffled_block import ARRAYS, ShuffledBlock, pack, split, unpack
 from fxsparse.formats.shuffled_block_layer import fold, unfold
 from fxsparse.formats.shuffled_block_op import multiply, reference, shuffled_block, shuffled_block_into
 from fxsparse.kernels import build
@@ -361,6 +361,21 @@ def test_the_operator_in_cpp_refuses_the_same(what: str) -> None:
     layer = LAYERS.get(what, torch.clone)(_folded(packed, None, {}, "none"))
     with pytest.raises(RuntimeError, match=r"fxsparse::shuffled_block: expected .*; got x .* and an output "):
         shuffled_block_into(x, packed.values, layer, rest.get("residual"), out)
+
+
+@pytest.mark.parametrize("what", [what for what in MISFITS if what not in IN_THE_CALL])
+def test_what_would_be_read_past_the_end_of_is_not_folded(what: str) -> None:
+    """A package may say anything, and the kernel does not look at these again."""
+    _, rest, message = MISFITS[what]
+    packed, root, graph = pack(torch.ones(20, 6, 3, 3)), nn.Module(), fx.Graph()
+    for name, tensor in {**dict(zip(ARRAYS, packed.tensors, strict=True)), "bias": rest.get("bias")}.items():
+        root.register_buffer(name, tensor)
+    stored = [graph.get_attr(name) for name in ARRAYS]
+    bias = graph.get_attr("bias") if "bias" in rest else None
+    sizes = ([20, 6, 3, 3], [1, 1], [0, 0], [1, 1], rest.get("activation", "none"))
+    node = graph.call_function(shuffled_block, (graph.placeholder("x"), *stored, bias, None, *sizes))
+    with pytest.raises(InputError, match=message):
+        FORMATS["shuffled_block"].into(fx.GraphModule(root, graph), node)
 
 
 @settings(max_examples=30, deadline=None)

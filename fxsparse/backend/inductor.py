@@ -23,7 +23,7 @@ from fxsparse.backend.memory import give_memory
 from fxsparse.backend.onednn import faster_products
 from fxsparse.backend.target import Runnable, Target
 from fxsparse.errors import TargetError
-from fxsparse.formats import FORMATS
+from fxsparse.formats import BY_OPERATOR
 from fxsparse.ir.graph import arg, aten, fake_mode, flat, is_ours
 from fxsparse.kernels.build import compiler, compilers
 
@@ -114,9 +114,8 @@ def with_memory(gm: fx.GraphModule) -> fx.GraphModule:
 
     A result that the operator itself made would be new at every call, and in no memory that is kept (`memory.py`).
     """
-    formats = {fmt.operator: fmt for fmt in FORMATS.values() if fmt.operator is not None}
-    for node in [n for n in gm.graph.nodes if is_ours(n)]:
-        arguments = formats[node.target].into(gm, node) if _keeps_open_sizes(node) else None
+    for node in [n for n in gm.graph.nodes if n.target in BY_OPERATOR]:
+        arguments = BY_OPERATOR[node.target].into(gm, node) if _keeps_open_sizes(node) else None
         if arguments is not None:
             _call_twin(gm, node, arguments)
     gm.recompile()

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from fxsparse.deploy.gathers import merge_gathers
 from fxsparse.errors import TargetError
-from fxsparse.formats import FORMATS
+from fxsparse.formats import BY_OPERATOR
 from fxsparse.ir.graph import (
     aten,
     call_nodes,
@@ -64,11 +64,10 @@ def standard(gm: fx.GraphModule) -> StandardGraph:
 
 def expand_formats(gm: fx.GraphModule) -> None:
     """Operators of the formats become what `Format.expand` makes of them."""
-    formats = {fmt.operator: fmt for fmt in FORMATS.values() if fmt.operator is not None}
     for node in list(gm.graph.nodes):
-        if node.target in formats:
+        if node.target in BY_OPERATOR:
             before = set(gm.graph.nodes)
-            node.replace_all_uses_with(formats[node.target].expand(gm, node))
+            node.replace_all_uses_with(BY_OPERATOR[node.target].expand(gm, node))
             for new in set(gm.graph.nodes) - before:
                 new.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
             gm.graph.erase_node(node)

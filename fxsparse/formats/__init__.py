@@ -7,9 +7,10 @@ import pkgutil
 
 from fxsparse.formats.format import Format, Standard
 
-__all__ = ["FORMATS", "Format", "Standard"]
+__all__ = ["BY_OPERATOR", "FORMATS", "Format", "Standard"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
 FORMATS: dict[str, Format] = {kind.name: kind() for kind in Format.__subclasses__()}
+BY_OPERATOR = {form.operator: form for form in FORMATS.values() if form.operator is not None}

@@ -233,7 +233,9 @@ class ShuffledBlockFormat(Format):
             return None
         tensors = [get_tensor(gm, str(cast(fx.Node, n).target)) for n in stored]
         shape, *windows, activation = cast(Any, node.args[9:])
-        layer = fold(tensors[:6], tensors[6] if bias is not None else None, shape, windows, activation)
+        constant = tensors[6] if bias is not None else None
+        _check_epilogue(tensors[0], shape[:1], constant, None, activation)  # once: the kernel trusts what is folded
+        layer = fold(tensors[:6], constant, shape, windows, activation)
         name = f"{cast(fx.Node, values).target}_layer"
         return x, values, new_weight(gm, node, name, layer), residual
 

@@ -13,7 +13,6 @@ looked at as strictly as operators.
 
 from __future__ import annotations
 
-import functools
 import keyword
 import operator
 import re
@@ -25,7 +24,7 @@ from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
 from fxsparse.errors import PackageError
-from fxsparse.formats import FORMATS
+from fxsparse.formats import BY_OPERATOR
 from fxsparse.ir.graph import get_tensor, owner
 from fxsparse.package.values import Json, cannot_save, decode, decode_spec, encode, encode_spec
 
@@ -140,13 +139,7 @@ def _operator(name: str) -> Callable[..., Any]:
 def _functional(target: Any, space: str, base: str) -> bool:
     if not isinstance(target, OpOverload) or target._schema.is_mutable:
         return False
-    return target in _operators() if space == "fxsparse" else _REFUSED.fullmatch(base) is None
-
-
-@functools.cache
-def _operators() -> Mapping[OpOverload, str]:
-    """The operator of every format, and the format's name."""
-    return {f.operator: name for name, f in FORMATS.items() if f.operator is not None}
+    return target in BY_OPERATOR if space == "fxsparse" else _REFUSED.fullmatch(base) is None
 
 
 def _root(weights: Json, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -205,8 +198,8 @@ def _decode_call(graph: fx.Graph, root: nn.Module, item: Json, nodes: list[fx.No
     target = _operator(operator_name)
     arguments = decode({"tuple": args}, nodes)
     _names([name, *kwargs])
-    if target in _operators():
-        _check_arrays(FORMATS[_operators()[cast(OpOverload, target)]], root, arguments, kwargs)
+    if target in BY_OPERATOR:
+        _check_arrays(BY_OPERATOR[cast(OpOverload, target)], root, arguments, kwargs)
     node = graph.create_node(
         "call_function", target, arguments, {key: decode(v, nodes) for key, v in kwargs.items()}, name
     )
