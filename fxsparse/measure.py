@@ -247,7 +247,8 @@ def _shuffled_block_case(packed: ShuffledBlock, node: fx.Node, batch: int, summe
         shape = [shape[i] for i in (0, 2, 3, 1)]
     shape[-1] = packed.shape[1]  # before the cut a layer is timed with the columns that will be left
     packed = as_run(packed)
-    blocks = hashlib.sha256(packed.row_ptr.numpy().tobytes() + packed.columns.numpy().tobytes()).hexdigest()[:16]
+    indices = packed.row_ptr.numpy().tobytes() + packed.columns.numpy().tobytes()
+    blocks = hashlib.sha256(indices + packed.lanes.encode()).hexdigest()[:16]
     source = digest("shuffled_block")
     key = ("shuffled_block", source, tuple(shape), packed.shape, str(geometry), summed, blocks, *_kind(val))
 
@@ -257,7 +258,7 @@ def _shuffled_block_case(packed: ShuffledBlock, node: fx.Node, batch: int, summe
         windows = [list(geometry.get(n, p)) for n, p in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1)))]
         out = multiply(in_order, x, **geometry)
         residual = _ones(out.shape, val) if summed else None
-        layer = fold(in_order.tensors, None, packed.shape, windows, "none")
+        layer = fold(in_order.tensors, None, packed.shape, windows, "none", packed.lanes)
         kept = Memory()
         return lambda: shuffled_block_into(x, in_order.values, layer, residual, kept.empty_like(out))
 

@@ -59,7 +59,7 @@ def _decide(numbering: Numbering, writers: list[fx.Node]) -> Decision | None:
     out_of_order = [n for n in writers if not _in_order(n)]
     if not out_of_order:
         return None
-    leader = max(writers, key=_writes)
+    leader = max((n for n in writers if not FORMATS[n.meta[FORMAT]].writes_anywhere), key=_writes)
     where, what = owner(leader), f"number {_size(numbering)} channels by the row groups of {owner(leader)}"
     if numbering.pinned or _in_order(leader):
         why = numbering.pinned or "others that it is added to would have to follow"
@@ -72,7 +72,9 @@ def _decide(numbering: Numbering, writers: list[fx.Node]) -> Decision | None:
 
 
 def _in_order(node: fx.Node, position: NDArray[np.int64] | None = None) -> bool:
-    """Whether the rows of every group follow each other, with row r at `position[r]`."""
+    """Whether the rows of every group follow each other, with row r at `position[r]`, or need not."""
+    if FORMATS[node.meta[FORMAT]].writes_anywhere:
+        return True
     groups = node.meta[GROUPS] if position is None else [np.sort(position[rows]) for rows in node.meta[GROUPS]]
     return all((np.diff(rows) == 1).all() for rows in groups)
 

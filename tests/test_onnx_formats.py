@@ -38,7 +38,7 @@ def operator_graph(x: Tensor, weight: Tensor, *, activation: str, residual: bool
     stored = [graph.get_attr(f"w_{name}") for name in tensors]
     pairs = [geometry.get(name, default) for name, default in
              (("stride", [1, 1]), ("padding", [0, 0]), ("dilation", [1, 1]))]  # fmt: skip
-    rest = (list(packed.shape), *pairs, activation)
+    rest = (list(packed.shape), *pairs, activation, packed.lanes)
     first = graph.call_function(shuffled_block, (node, *stored, None, *rest))
     result = graph.call_function(shuffled_block, (node, *stored, first, *rest)) if residual else first
     graph.output((result,))

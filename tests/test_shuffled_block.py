@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from fxsparse.errors import InputError, TargetError
 from fxsparse.formats import FORMATS
 from fxsparse.formats.grouping import cost, group_rows
-from fxsparse.formats.shuffled_block import ARRAYS, ShuffledBlock, pack, split, unpack
+from fxsparse.formats.shuffled_block import ARRAYS, LANES, ShuffledBlock, pack, split, unpack
 from fxsparse.formats.shuffled_block_layer import fold, unfold
 from fxsparse.formats.shuffled_block_op import multiply, reference, shuffled_block, shuffled_block_into
 from fxsparse.kernels import build
@@ -61,7 +61,7 @@ def allowed(y: Tensor, exact: Tensor) -> float:
 
 
 def agrees(w: Tensor, x: Tensor, geometry: dict[str, tuple[int, int]], **epilogue: object) -> None:
-    got = multiply(pack(w), x, **geometry, **epilogue)  # type: ignore[arg-type]
+    """With rows in vector lanes, and with pixels."""
     bias, residual, activation = (epilogue.get(k) for k in ("bias", "residual", "activation"))
 
     def finish(y: Tensor) -> Tensor:
@@ -73,11 +73,13 @@ def agrees(w: Tensor, x: Tensor, geometry: dict[str, tuple[int, int]], **epilogu
 
     exact = finish(dense(x.double(), w.double(), geometry))
     own = finish(dense(x, w, geometry))
-    assert got.shape == exact.shape
-    assert got.dtype == x.dtype
-    assert got.is_contiguous()
-    off = float((got.double() - exact).abs().max()) if exact.numel() else 0.0
-    assert off <= allowed(own, exact), f"off by {off:.2e}, allowed {allowed(own, exact):.2e}"
+    for lanes in LANES:
+        got = multiply(pack(w, lanes=lanes), x, **geometry, **epilogue)  # type: ignore[arg-type]
+        assert got.shape == exact.shape
+        assert got.dtype == x.dtype
+        assert got.is_contiguous()
+        off = float((got.double() - exact).abs().max()) if exact.numel() else 0.0
+        assert off <= allowed(own, exact), f"{lanes} off by {off:.2e}, allowed {allowed(own, exact):.2e}"
 
 
 @st.composite
@@ -101,7 +103,7 @@ def test_any_convolution_agrees_with_the_dense_one(
     case: tuple[Tensor, Tensor, dict[str, tuple[int, int]]], dtype: torch.dtype
 ) -> None:
     w, x, geometry = case[0].to(dtype), case[1].to(dtype), case[2]
-    assert torch.equal(unpack(pack(w)), w)
+    assert all(torch.equal(unpack(pack(w, lanes=lanes)), w) for lanes in LANES)
     agrees(w, x, geometry)
 
 
@@ -145,7 +147,7 @@ def test_real_layers_agree(
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("rows", [16, 20, 64])
+@pytest.mark.parametrize("rows", [1, 6, 16, 20, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("residual", [False, True])
 def test_bias_residual_and_activation_are_fused(activation: str, rows: int, dtype: torch.dtype, residual: bool) -> None:
@@ -160,25 +162,30 @@ def test_bias_residual_and_activation_are_fused(activation: str, rows: int, dtyp
 def test_an_activation_is_right_over_its_whole_range(activation: str) -> None:
     x = torch.cat([torch.linspace(-100, 100, 4001), torch.tensor([0.0, -0.0, 1e-30, 1e38, -1e38])])[:, None]
     function = {"silu": F.silu, "gelu": F.gelu, "hardswish": F.hardswish, "relu6": F.relu6}[activation]
-    got = multiply(pack(torch.ones(16, 1)), x, activation=activation)[:, 0]
-    torch.testing.assert_close(got, function(x[:, 0].double()).float(), rtol=3e-6, atol=1e-6)
+    for lanes in LANES:
+        got = multiply(pack(torch.ones(16, 1), lanes=lanes), x, activation=activation)[:, 0]
+        torch.testing.assert_close(got, function(x[:, 0].double()).float(), rtol=3e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_nan_stays_nan(activation: str) -> None:
+def test_nan_stays_nan(activation: str, lanes: str) -> None:
     x = torch.full((3, 20), torch.nan)
-    assert multiply(pack(torch.ones(40, 20)), x, activation=activation).isnan().all()
+    assert multiply(pack(torch.ones(40, 20), lanes=lanes), x, activation=activation).isnan().all()
 
 
+@pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("isa", ["AVX512", "AVX2", "DEFAULT"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("size", "atol"), [((2, 20, 13, 23), 1e-5), ((1, 39, 21, 300), 1e-4)])
-def test_narrower_vectors_give_the_same(isa: str, dtype: torch.dtype, size: tuple[int, ...], atol: float) -> None:
+def test_narrower_vectors_give_the_same(
+    isa: str, dtype: torch.dtype, size: tuple[int, ...], atol: float, lanes: str
+) -> None:
     if list(build._ISA).index(isa) < list(build._ISA).index(build.instruction_set()):
         pytest.skip(f"this processor has no {isa}")
     w, x = blocks((100, size[3], 3, 3), 32, 0.4, 0).to(dtype), torch.randn(size).to(dtype)
-    packed, y = pack(w), torch.empty(*size[:3], 100, dtype=dtype)
-    kernel.run(x, y, packed.tensors, None, None, ((3, 3), (1, 1), (1, 1), (1, 1)), "relu", isa=isa)
+    packed, y = pack(w, lanes=lanes), torch.empty(*size[:3], 100, dtype=dtype)
+    kernel.run(x, y, packed.tensors, None, None, ((3, 3), (1, 1), (1, 1), (1, 1)), "relu", lanes, isa)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     expected = multiply(packed, x, padding=(1, 1), activation="relu")
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=atol)
@@ -188,11 +195,12 @@ def test_a_batch_of_nothing_gives_nothing() -> None:
     assert multiply(pack(torch.ones(4, 3, 3, 3)), torch.empty(0, 8, 8, 3), padding=(1, 1)).shape == (0, 8, 8, 4)
 
 
-def test_rows_without_weights_hold_the_epilogue_alone() -> None:
+@pytest.mark.parametrize("lanes", LANES)
+def test_rows_without_weights_hold_the_epilogue_alone(lanes: str) -> None:
     w = torch.zeros(40, 8)
     w[3] = 1
     bias = torch.arange(40.0) - 20
-    y = multiply(pack(w), torch.ones(2, 8), bias, activation="relu")
+    y = multiply(pack(w, lanes=lanes), torch.ones(2, 8), bias, activation="relu")
     expected = F.relu(F.linear(torch.ones(2, 8), w, bias))
     assert torch.equal(y, expected)
 
@@ -205,7 +213,7 @@ def test_a_dtype_without_a_kernel_runs_dense(dtype: torch.dtype) -> None:
 
 def test_the_operator_keeps_the_rules_of_torch_library() -> None:
     packed = pack(blocks((20, 6, 3, 3), 16, 0.5, 0))
-    sizes = ([20, 6, 3, 3], [1, 1], [1, 1], [1, 1], "relu")
+    sizes = ([20, 6, 3, 3], [1, 1], [1, 1], [1, 1], "relu", "rows")
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     x = torch.randn(2, 7, 5, 6)
     for bias, residual in ((None, None), (torch.randn(20), torch.randn(2, 7, 5, 20))):
@@ -219,7 +227,7 @@ def test_an_input_that_is_not_contiguous_is_read_right() -> None:
 
 def test_the_reference_and_the_kernel_agree() -> None:
     packed, x = pack(blocks((20, 6, 3, 3), 16, 0.5, 0)), torch.randn(2, 7, 5, 6)
-    arguments = (*packed.tensors, None, None, [20, 6, 3, 3], [1, 1], [0, 0], [1, 1], "none")
+    arguments = (*packed.tensors, None, None, [20, 6, 3, 3], [1, 1], [0, 0], [1, 1], "none", "rows")
     torch.testing.assert_close(shuffled_block(x, *arguments), reference(x, *arguments), rtol=1e-5, atol=1e-5)
 
 
@@ -232,7 +240,7 @@ def test_the_operator_on_a_gpu_agrees_with_the_dense_one(dtype: torch.dtype) -> 
         w, x = blocks(shape, 64, 0.4, 0).to(dtype), torch.randn(size).to(dtype)
         packed = pack(w.float())  # the Triton kernel takes no pairs
         tensors = [t.cuda() for t in packed.tensors]
-        y = shuffled_block(x.cuda(), *tensors, None, None, list(shape), [1, 1], [p, p], [1, 1], "relu")
+        y = shuffled_block(x.cuda(), *tensors, None, None, list(shape), [1, 1], [p, p], [1, 1], "relu", "rows")
         exact = F.relu(dense(x.double(), w.double(), {"padding": (p, p)} if p else {}))
         own = F.relu(dense(x, w, {"padding": (p, p)} if p else {}))
         assert float((y.cpu().double() - exact).abs().max()) <= allowed(own, exact)
@@ -258,19 +266,22 @@ def test_groups_hold_every_row_with_a_nonzero_once(rows: int, columns: int, dens
     assert all(len(g) <= 64 and (np.diff(g) > 0).all() for g in groups)
 
 
-def test_merging_never_costs_more_than_rows_with_equal_columns_alone() -> None:
+@pytest.mark.parametrize("lanes", LANES)
+def test_merging_never_costs_more_than_rows_with_equal_columns_alone(lanes: str) -> None:
     rng = np.random.default_rng(0)
     for density in (0.02, 0.2, 0.9):
         used = rng.random((200, 300)) < density
-        merged = sum(int(cost(len(g), int(used[g].any(0).sum()))) for g in group_rows(used))
-        assert merged <= sum(int(cost(1, int(row.sum()))) for row in used if row.any())
+        merged = sum(float(cost(len(g), int(used[g].any(0).sum()), lanes)) for g in group_rows(used, lanes))
+        assert merged <= sum(float(cost(1, int(row.sum()), lanes)) for row in used if row.any())
 
 
 def test_many_different_rows_are_gathered_and_still_exact() -> None:
     w = torch.randn(700, 90) * (torch.rand(700, 90, generator=torch.Generator().manual_seed(0)) < 0.03)
-    packed = pack(w)
+    packed, single = pack(w), pack(w, lanes="pixels")
     assert torch.equal(unpack(packed), w)
     assert packed.groups < 50
+    assert torch.equal(unpack(single), w)
+    assert single.nse == int((w != 0).sum()) < packed.nse  # each row by itself: they share too little
 
 
 @pytest.mark.parametrize("value", [-0.0, 1e-45, torch.nan, torch.inf])
@@ -281,9 +292,10 @@ def test_only_a_true_zero_is_left_out(value: float) -> None:
 
 
 def test_a_weight_of_zeros_has_one_group_without_columns() -> None:
-    packed = pack(torch.zeros(5, 4, 3, 3))
-    assert (packed.groups, packed.nse) == (1, 0)
-    assert torch.equal(multiply(packed, torch.ones(1, 3, 3, 4)), torch.zeros(1, 1, 1, 5))
+    for lanes in LANES:
+        packed = pack(torch.zeros(5, 4, 3, 3), lanes=lanes)
+        assert (packed.groups, packed.nse) == (1, 0)
+        assert torch.equal(multiply(packed, torch.ones(1, 3, 3, 4)), torch.zeros(1, 1, 1, 5))
 
 
 DAMAGE = {
@@ -296,12 +308,14 @@ DAMAGE = {
     "columns out of order": ("columns", lambda t: t.flip(0)),
     "groups": ("row_ptr", lambda t: t[:-1]),
     "no pointers": ("value_ptr", lambda t: t[:0]),
+    "lanes": ("lanes", lambda _: "columns"),
 }
 
 
+@pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("what", DAMAGE)
-def test_damaged_arrays_are_refused(what: str) -> None:
-    packed = pack(blocks((80, 6, 3, 3), 32, 0.5, 0))
+def test_damaged_arrays_are_refused(what: str, lanes: str) -> None:
+    packed = pack(blocks((80, 6, 3, 3), 30, 0.5, 0), lanes=lanes)
     name, damage = DAMAGE[what]
     with pytest.raises(InputError, match="expected arrays that fit each other; got "):
         dataclasses.replace(packed, **{name: damage(getattr(packed, name))})
@@ -335,14 +349,14 @@ def test_what_the_kernel_would_read_past_the_end_of_is_refused(what: str, dtype:
 
 def _folded(packed: ShuffledBlock, bias: Tensor | None, geometry: dict[str, Any], activation: str) -> Tensor:
     defaults = (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1)))
-    return fold(packed.tensors, bias, packed.shape, [geometry.get(n, d) for n, d in defaults], activation)
+    return fold(packed.tensors, bias, packed.shape, [geometry.get(n, d) for n, d in defaults], activation, packed.lanes)
 
 
 LAYERS = {
     "a layer that is cut off": lambda layer: layer[:-1],
     "a layer of nothing": lambda layer: layer[:3],
     "a layer of another dtype": lambda layer: layer.double(),
-    "a layer of other values": lambda layer: layer.index_fill(0, torch.tensor([13]), 7),
+    "a layer of other values": lambda layer: layer.index_fill(0, torch.tensor([14]), 7),
     "a layer with gaps": lambda layer: layer.repeat_interleave(2)[::2],
 }
 OUTPUTS = {
@@ -372,19 +386,29 @@ def test_what_would_be_read_past_the_end_of_is_not_folded(what: str) -> None:
         root.register_buffer(name, tensor)
     stored = [graph.get_attr(name) for name in ARRAYS]
     bias = graph.get_attr("bias") if "bias" in rest else None
-    sizes = ([20, 6, 3, 3], [1, 1], [0, 0], [1, 1], rest.get("activation", "none"))
+    sizes = ([20, 6, 3, 3], [1, 1], [0, 0], [1, 1], rest.get("activation", "none"), "rows")
     node = graph.call_function(shuffled_block, (graph.placeholder("x"), *stored, bias, None, *sizes))
     with pytest.raises(InputError, match=message):
         FORMATS["shuffled_block"].into(fx.GraphModule(root, graph), node)
 
 
 @settings(max_examples=30, deadline=None)
-@given(convolutions(), st.sampled_from(ACTIVATIONS), st.sampled_from([torch.float32, torch.bfloat16]), st.booleans())
+@given(
+    convolutions(),
+    st.sampled_from(ACTIVATIONS),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.booleans(),
+    st.sampled_from(LANES),
+)
 def test_the_operator_in_cpp_gives_what_the_one_in_python_does(
-    case: tuple[Tensor, Tensor, dict[str, tuple[int, int]]], activation: str, dtype: torch.dtype, biased: bool
+    case: tuple[Tensor, Tensor, dict[str, tuple[int, int]]],
+    activation: str,
+    dtype: torch.dtype,
+    biased: bool,
+    lanes: str,
 ) -> None:
     w, x, geometry = case
-    packed, bias = pack(w.to(dtype)), torch.randn(len(w)).to(dtype) if biased else None
+    packed, bias = pack(w.to(dtype), lanes=lanes), torch.randn(len(w)).to(dtype) if biased else None
     x = x.to(dtype)
     plain = multiply(packed, x, bias, activation=activation, **geometry)
     y = multiply(packed, x, bias, plain, activation=activation, **geometry)
@@ -400,6 +424,7 @@ def test_the_operator_in_cpp_gives_what_the_one_in_python_does(
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.booleans(),
     st.booleans(),
+    st.sampled_from(LANES),
 )
 def test_a_folded_layer_unfolds_to_what_it_was_made_of(
     case: tuple[Tensor, Tensor, dict[str, tuple[int, int]]],
@@ -407,19 +432,20 @@ def test_a_folded_layer_unfolds_to_what_it_was_made_of(
     dtype: torch.dtype,
     biased: bool,
     flat: bool,
+    lanes: str,
 ) -> None:
     w, _, geometry = case
     if flat:
         w, geometry = w.flatten(1), {}
-    packed, bias = pack(w.to(dtype)), torch.randn(len(w)).to(dtype) if biased else None
-    arrays, same, (shape, *windows, name) = unfold(packed.values, _folded(packed, bias, geometry, activation))
+    packed, bias = pack(w.to(dtype), lanes=lanes), torch.randn(len(w)).to(dtype) if biased else None
+    arrays, same, (shape, *windows, name, unfolded) = unfold(packed.values, _folded(packed, bias, geometry, activation))
     assert all(map(torch.equal, arrays, packed.tensors))
     assert [a.dtype for a in arrays] == [a.dtype for a in packed.tensors]
     assert (same is None) == (bias is None)
     assert bias is None or (same is not None and torch.equal(same, bias))
     defaults = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
     assert [tuple(p) for p in windows] == [geometry.get(n, d) for n, d in defaults.items()]
-    assert (tuple(shape), name) == (packed.shape, activation)
+    assert (tuple(shape), name, unfolded) == (packed.shape, activation, lanes)
 
 
 def test_groups_that_leave_out_a_row_with_a_nonzero_are_refused() -> None:
@@ -430,9 +456,10 @@ def test_groups_that_leave_out_a_row_with_a_nonzero_are_refused() -> None:
         pack(w, [np.arange(20)])
 
 
+@pytest.mark.parametrize("name", ["shuffled_block", "unstructured"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_format_gives_the_weight_back(dtype: torch.dtype) -> None:
-    form = FORMATS["shuffled_block"]
+def test_the_format_gives_the_weight_back(dtype: torch.dtype, name: str) -> None:
+    form = FORMATS[name]
     for shape in ((40, 12), (33, 5, 3, 3), (1, 1)):
         w = blocks(shape, 16, 0.4, 0).to(dtype)
         assert torch.equal(form.unpack(form.pack(w)), w)
@@ -494,18 +521,19 @@ def test_without_a_compiler_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -
 
 
 SANITIZED = """
-import sys, torch
+import itertools, torch
 from fxsparse.kernels.cpu.shuffled_block import run
 from tests.test_shuffled_block import blocks
-from fxsparse.formats.shuffled_block import pack
+from fxsparse.formats.shuffled_block import LANES, pack
 for shape, size, s, p in [((70, 5, 3, 3), (2, 9, 7, 5), 1, 1), ((33, 64, 3, 3), (1, 40, 57, 64), 2, 1),
                           ((20, 8, 1, 1), (3, 11, 13, 8), 1, 0), ((20, 3, 7, 7), (1, 30, 31, 3), 2, 3),
                           ((20, 16, 3, 3), (9, 3, 1, 16), 1, 1)]:
-    for dtype in (torch.float32, torch.bfloat16):
-        w, x = pack(blocks(shape, 32, 0.4, 0).to(dtype)), torch.randn(size).to(dtype)
+    for dtype, lanes in itertools.product((torch.float32, torch.bfloat16), LANES):
+        w, x = pack(blocks(shape, 32, 0.4, 0).to(dtype), lanes=lanes), torch.randn(size).to(dtype)
         oh, ow = ((n + 2 * p - k) // s + 1 for n, k in zip(size[1:3], shape[2:]))
         y = torch.zeros(size[0], oh, ow, shape[0], dtype=dtype)
-        run(x, y, w.tensors, torch.ones(shape[0], dtype=dtype), y.clone(), (shape[2:], (s, s), (p, p), (1, 1)), "gelu")
+        geometry = (shape[2:], (s, s), (p, p), (1, 1))
+        run(x, y, w.tensors, torch.ones(shape[0], dtype=dtype), y.clone(), geometry, "gelu", lanes)
 print("clean")
 """
 

@@ -1,10 +1,11 @@
-"""Single layers with shuffled blocks against oneDNN's dense convolution, on warm caches, timed in turns:
+"""Single layers of row groups against oneDNN's dense convolution, on warm caches, timed in turns:
 
     python -m tools.layers --threads 1 --out tools/rows/layers/NAME.jsonl
     python -m tools.layers --table                                       # docs/architecture.md's table
     python -m tools.layers --format n_m --out tools/rows/n_m/NAME.jsonl  # linear layers, 2:4 (--table: docs/n_m.md's)
 
-A linear layer is compared with the fastest of PyTorch's product, oneDNN's and MKL's with packed weights.
+Packed layers have rows or pixels in vector lanes (shuffled_block, unstructured), whichever is faster: the compiler
+times both, too. A linear layer is compared with the fastest of PyTorch's product, oneDNN's and MKL's, weights packed.
 
 `rate` is the share of the ideal: speedup x density. A network gains less than its layers: see tools/bench.py.
 """
@@ -32,7 +33,7 @@ from fxsparse.coarsen import n_m
 from fxsparse.formats.n_m import pack as pack_n_m
 from fxsparse.formats.n_m_op import multiply as multiply_n_m
 from fxsparse.formats.n_m_op import n_m_into
-from fxsparse.formats.shuffled_block import pack
+from fxsparse.formats.shuffled_block import LANES, pack
 from fxsparse.formats.shuffled_block_layer import fold
 from fxsparse.formats.shuffled_block_op import as_run, multiply, shuffled_block_into
 from fxsparse.measure import Runs, cpu_name, interleave
@@ -46,7 +47,9 @@ LAYERS = (
 )  # fmt: skip
 LINEAR = ((768, 768), (768, 3072), (3072, 768), (4096, 4096), (4096, 11008))  # input features, output features
 TOKENS = (1, 2, 4, 8)  # that share the weights
-KINDS = ((64, 0.5), (64, 0.26), (64, 0.1), (32, 0.26), (16, 0.26), (8, 0.26))  # rows of a group, density
+KINDS = (  # rows of a group, density
+    (64, 0.5), (64, 0.26), (64, 0.1), (32, 0.26), (16, 0.26), (8, 0.26), (4, 0.1), (1, 0.1), (1, 0.05),
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,22 +90,26 @@ def _row(
     weight = (weight * block_mask(weight, torch.arange(outs), 1 - density, rows, generator)).to(dtype)
     x = torch.randn(arguments.batch, ins, side, side, generator=generator)
     x = x.to(dtype, memory_format=torch.channels_last)
-    inside, packed = x.permute(0, 2, 3, 1), as_run(pack(weight))
-    padding = kernel // 2
+    inside, padding = x.permute(0, 2, 3, 1), kernel // 2
     dense = onednn_convolution(x, weight, [stride, padding, 1], 1)
     if dense is None:
         raise SystemExit("tools.layers compares with oneDNN on a CPU, and this build of torch has none")
-    out = multiply(packed, inside, stride=[stride] * 2, padding=[padding] * 2)
-    folded = fold(packed.tensors, None, packed.shape, [[stride] * 2, [padding] * 2, [1, 1]], "none")
-    call = partial(shuffled_block_into, inside, packed.values, folded, None)
     kept = Memory()  # as in a network: see fxsparse/backend/memory.py
-    runs = interleave({"dense": dense, "packed": lambda: call(kept.empty_like(out))}, seconds=0.5)
+
+    def packed(lanes: str) -> Callable[[], object]:
+        found = as_run(pack(weight, lanes=lanes))
+        out = multiply(found, inside, stride=[stride] * 2, padding=[padding] * 2)
+        folded = fold(found.tensors, None, found.shape, [[stride] * 2, [padding] * 2, [1, 1]], "none", lanes)
+        return lambda: shuffled_block_into(inside, found.values, folded, None, kept.empty_like(out))
+
+    runs = interleave({"dense": dense, **{lanes: packed(lanes) for lanes in LANES}}, seconds=0.75)
     command = (
         f"python -m tools.layers --threads {arguments.threads} --batch {arguments.batch} --dtype {arguments.dtype}"
     )
     return {
         "layer": f"{ins}->{outs} {kernel}x{kernel} /{stride} at {side}", "rows": rows, "density": density,
-        "batch": arguments.batch, "dtype": arguments.dtype, **_measured(runs, "dense", density, arguments, command),
+        "batch": arguments.batch, "dtype": arguments.dtype, "lanes": (best := runs.fastest(list(LANES))),
+        **_measured(runs, "dense", best, density, arguments, command),
     }  # fmt: skip
 
 
@@ -126,7 +133,7 @@ def _n_m_row(sizes: tuple[int, int], tokens: int, dtype: torch.dtype, arguments:
     return {
         "layer": f"{ins}->{outs}", "tokens": tokens, "dtype": str(dtype).removeprefix("torch."),
         "pattern": "2:4", "best_dense": runs.fastest(list(builds)),
-        **_measured(runs, runs.fastest(list(builds)), 0.5, arguments, command),
+        **_measured(runs, runs.fastest(list(builds)), "packed", 0.5, arguments, command),
     }  # fmt: skip
 
 
@@ -138,13 +145,15 @@ def _mkl(x: Tensor, weight: Tensor) -> Callable[[], object] | None:
     return lambda: torch.ops.mkl._mkl_linear(x, packed, weight, None, len(x))
 
 
-def _measured(runs: Runs, dense: str, density: float, arguments: argparse.Namespace, command: str) -> dict[str, Any]:
+def _measured(
+    runs: Runs, dense: str, packed: str, density: float, arguments: argparse.Namespace, command: str
+) -> dict[str, Any]:
     """What every row says of its runs, and where it comes from."""
-    speedup = statistics.median(runs.ratios(dense, "packed"))
+    speedup = statistics.median(runs.ratios(dense, packed))
     return {
         "threads": arguments.threads, "dense_us": round(runs.median(dense) * 1e3, 1),
-        "packed_us": round(runs.median("packed") * 1e3, 1), "speedup": round(speedup, 3),
-        "rate": round(speedup * density, 3), "rounds": len(runs.ms["packed"]),
+        "packed_us": round(runs.median(packed) * 1e3, 1), "speedup": round(speedup, 3),
+        "rate": round(speedup * density, 3), "rounds": len(runs.ms[packed]),
         "machine": f"{cpu_name()}, {platform.machine()}", "versions": {"torch": torch.__version__},
         "commit": git("rev-parse", "--short", "HEAD"), "date": date.today().isoformat(), "command": command,
     }  # fmt: skip

@@ -21,7 +21,7 @@ class Eager(Target):
     reads_shapes = False
 
     def formats(self, device: torch.device) -> tuple[str, ...]:
-        return ("shuffled_block", "n_m") if device.type == "cpu" and compiler() else ()
+        return ("shuffled_block", "unstructured", "n_m") if device.type == "cpu" and compiler() else ()
 
     def lower(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Runnable:
         return captured(self.lower_dynamic(gm), inputs)

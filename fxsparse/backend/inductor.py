@@ -43,7 +43,7 @@ class Inductor(Target):
             )
 
     def formats(self, device: torch.device) -> tuple[str, ...]:
-        return ("shuffled_block", "n_m") if device.type == "cpu" else ()
+        return ("shuffled_block", "unstructured", "n_m") if device.type == "cpu" else ()
 
     def options(self, gm: fx.GraphModule) -> dict[str, Any]:
         """Inductor's settings for `gm`, at any shape."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxsparse.formats.grouping import LANES, START_COLUMNS
+from fxsparse.formats.grouping import START_COLUMNS, WIDTH
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Cost:
     The defaults are those by which the CPU format finds its groups, and a guess for `narrow`: give your own machine's.
     """
 
-    tile: int = LANES
+    tile: int = WIDTH
     overhead_columns: float = START_COLUMNS
     narrow: float = 1.03
 

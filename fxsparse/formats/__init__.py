@@ -12,5 +12,10 @@ __all__ = ["BY_OPERATOR", "FORMATS", "Format", "Standard"]
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
-FORMATS: dict[str, Format] = {kind.name: kind() for kind in Format.__subclasses__()}
-BY_OPERATOR = {form.operator: form for form in FORMATS.values() if form.operator is not None}
+
+def _kinds(base: type[Format]) -> list[type[Format]]:
+    return [kind for below in base.__subclasses__() for kind in (below, *_kinds(below))]
+
+
+FORMATS: dict[str, Format] = {kind.name: kind() for kind in _kinds(Format)}
+BY_OPERATOR = {form.operator: form for form in reversed(FORMATS.values()) if form.operator is not None}

@@ -49,6 +49,7 @@ class Format:
     layers: tuple[torch._ops.OpOverload, ...]
     operator: torch._ops.OpOverload | None = None
     reads_in_order: bool = False  # whether it depends on which columns are neighbors: then they are not renumbered
+    writes_anywhere: bool = False  # whether rows of a group that are no neighbors cost it nothing
 
     def why_not(self, node: fx.Node, weight: Tensor) -> str:
         """Why this convolution or linear node cannot be stored so, in a few words; empty when it can."""

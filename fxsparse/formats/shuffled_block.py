@@ -6,9 +6,12 @@ A weight [O, I, kH, kW] is read as O rows of n = kH * kW * I columns, taps outer
     row_ptr     int32 [G + 1]          rows[row_ptr[g] : row_ptr[g + 1]] are the R_g rows of group g
     columns     int32 [sum K_g]        kept columns of every group, ascending
     column_ptr  int32 [G + 1]
-    values      float [sum K_g * L_g]  group g is [K_g, L_g]; L_g is R_g rounded up to 16, zeros in the rest;
-                                       bfloat16 in pairs of columns, [K_g / 2, L_g, 2], K_g rounded up to be even
+    values      float [sum K_g * L_g]  group g is [K_g, L_g]
     value_ptr   int64 [G + 1]
+
+The kernel has either in its vector lanes. With `lanes` "rows", L_g is R_g rounded up to 16, zeros in the rest, and
+bfloat16 lies in pairs of columns, [K_g / 2, L_g, 2], K_g rounded up to be even. With "pixels", L_g is R_g: that is for
+groups of few rows, down to one each, which are compressed sparse rows.
 
 Every row is in one group; rows without a nonzero share the last, which has no columns. Every nonzero of the weight is
 stored; so are zeros that share its block. The groups are found in the zeros alone: rows with equal columns first, then
@@ -29,8 +32,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fxsparse.errors import InputError
-from fxsparse.formats.grouping import LANES, group_rows, lanes
+from fxsparse.formats.grouping import COSTS, WIDTH, group_rows
 
+LANES = ("rows", "pixels")  # in the order of `enum Lanes` in kernels/cpu/shuffled_block.h
 ARRAYS = ("values", "value_ptr", "columns", "column_ptr", "rows", "row_ptr")  # in the order the operator takes them
 
 
@@ -48,6 +52,7 @@ class ShuffledBlock:
     rows: Tensor
     row_ptr: Tensor
     shape: tuple[int, ...]
+    lanes: str = "rows"
 
     def __post_init__(self) -> None:
         problem = _problem(self)
@@ -66,14 +71,14 @@ class ShuffledBlock:
 
     @property
     def nse(self) -> int:
-        """Stored elements: zeros inside blocks and lanes that round a group up to 16 rows included."""
+        """Stored elements: zeros inside blocks and lanes that round a group up included."""
         return self.values.numel()
 
     @property
     def work(self) -> int:
-        """Multiply-adds per position, idle lanes included: groups of at most 8 rows fill half registers."""
+        """Multiply-adds per position, with what else a group's columns take in units of those: see `grouping`."""
         sizes, columns = self.row_ptr.diff().numpy(), self.column_ptr.diff().numpy()
-        return int((lanes(sizes) * columns).sum())
+        return int((COSTS[self.lanes](sizes) * columns).sum())
 
     @property
     def in_order(self) -> bool:
@@ -85,7 +90,8 @@ class ShuffledBlock:
 
     def __str__(self) -> str:
         rows = "in order" if self.in_order else "scattered"
-        return f"{self.groups} row groups, {self.nse} stored elements, rows {rows}"
+        how = f"rows {rows}" if self.lanes == "rows" else "pixels in lanes"
+        return f"{self.groups} row groups, {self.nse} stored elements, {how}"
 
     @property
     def row_groups(self) -> list[NDArray[np.int64]]:
@@ -94,7 +100,7 @@ class ShuffledBlock:
         return [self.rows[a:b].numpy().astype(np.int64) for a, b in itertools.pairwise(ends)]
 
 
-def pack(weight: Tensor, groups: Sequence[NDArray[np.int64]] | None = None) -> ShuffledBlock:
+def pack(weight: Tensor, groups: Sequence[NDArray[np.int64]] | None = None, lanes: str = "rows") -> ShuffledBlock:
     """Pack the nonzeros of `weight` [O, I, kH, kW] or [O, I].
 
     Values keep the weight's dtype. NaN and infinities are nonzeros.
@@ -107,14 +113,15 @@ def pack(weight: Tensor, groups: Sequence[NDArray[np.int64]] | None = None) -> S
                          do="Only convolutions over images and linear layers have this format.")  # fmt: skip
     flat = _as_rows(weight.detach().cpu())
     used = (flat != 0).numpy()
-    groups = group_rows(used) if groups is None else groups
+    groups = group_rows(used, lanes) if groups is None else groups
     if left_out := set(np.flatnonzero(used.any(1))).difference(*groups):
         raise InputError("groups of rows", expected="every row with a nonzero in one of them",
                          got=f"{len(left_out)} that are in none, the first is {min(left_out)}",
                          do="Leave groups out to have them found.")  # fmt: skip
     zero = np.setdiff1d(np.arange(len(flat)), np.concatenate([*groups, np.zeros(0, np.int64)]))
     groups = [*groups, zero] if len(zero) else groups
-    parts = [_pack_group(flat, rows, np.logical_or.reduce(used[rows])) for rows in groups]
+    parts = _pack_rows(flat, used, groups) if lanes == "pixels" else None
+    parts = parts or [_pack_group(flat, rows, np.logical_or.reduce(used[rows]), lanes) for rows in groups]
     return ShuffledBlock(
         values=torch.cat([p[1].flatten() for p in parts]) if parts else flat.new_zeros(0),
         value_ptr=_pointers([p[1].numel() for p in parts], torch.int64),
@@ -123,15 +130,38 @@ def pack(weight: Tensor, groups: Sequence[NDArray[np.int64]] | None = None) -> S
         rows=torch.from_numpy(np.concatenate([*groups, np.zeros(0, np.int64)])).int(),
         row_ptr=_pointers([len(g) for g in groups], torch.int32),
         shape=tuple(weight.shape),
+        lanes=lanes,
     )
 
 
-def _pack_group(flat: Tensor, rows: NDArray[np.int64], used: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
+def _pack_group(flat: Tensor, rows: NDArray[np.int64], used: NDArray[np.bool_], lanes: str) -> tuple[Tensor, Tensor]:
     """Columns [K] and values [K, L] of one group."""
     columns = torch.from_numpy(used.nonzero()[0])
-    values = flat.new_zeros(len(columns), -(-len(rows) // LANES) * LANES)
+    values = flat.new_zeros(len(columns), _width(len(rows), lanes))
     values[:, : len(rows)] = flat[torch.from_numpy(rows)][:, columns].t()
-    return columns, _paired(values) if values.dtype == torch.bfloat16 else values
+    return columns, _paired(values) if _in_pairs(flat.dtype, lanes) else values
+
+
+def _pack_rows(
+    flat: Tensor, used: NDArray[np.bool_], groups: Sequence[NDArray[np.int64]]
+) -> list[tuple[Tensor, Tensor]] | None:
+    """The same for all groups at once, where each is one row; None where one is not. There may be thousands."""
+    if any(len(rows) != 1 for rows in groups):
+        return None
+    order = np.concatenate([*groups, np.zeros(0, np.int64)])
+    row, column = (torch.from_numpy(index) for index in used[order].nonzero())
+    values = flat[torch.from_numpy(order)[row], column]
+    counts = used[order].sum(1).tolist()
+    return list(zip(column.split(counts), values.split(counts), strict=True))
+
+
+def _in_pairs(dtype: torch.dtype, lanes: str) -> bool:
+    return dtype == torch.bfloat16 and lanes == "rows"
+
+
+def _width(rows: int, lanes: str) -> int:
+    """L of a group."""
+    return -(-rows // WIDTH) * WIDTH if lanes == "rows" else rows
 
 
 def _paired(values: Tensor) -> Tensor:
@@ -140,9 +170,9 @@ def _paired(values: Tensor) -> Tensor:
     return even.view(-1, 2, values.shape[1]).transpose(1, 2)
 
 
-def apart(values: Tensor, columns: int) -> Tensor:
+def apart(values: Tensor, columns: int, lanes: str) -> Tensor:
     """The reverse: a group's values, flat, as [K, L]."""
-    if values.dtype != torch.bfloat16:
+    if not _in_pairs(values.dtype, lanes):
         return values.view(columns, -1)
     return values.view((columns + 1) // 2, -1, 2).transpose(1, 2).flatten(0, 1)[:columns]
 
@@ -156,9 +186,9 @@ def split(packed: ShuffledBlock) -> ShuffledBlock:
     together = 2 if packed.values.dtype == torch.bfloat16 else 1
     for g, (rows, columns) in enumerate(zip(counts, taken, strict=True)):
         block = packed.values[int(packed.value_ptr[g]) : int(packed.value_ptr[g + 1])]
-        block = block.view(-(-columns // together), -(-rows // LANES) * LANES, together)
+        block = block.view(-(-columns // together), _width(rows, "rows"), together)
         column = packed.columns[int(packed.column_ptr[g]) : int(packed.column_ptr[g + 1])]
-        parts += [(min(LANES, rows - i), column, block[:, i : i + LANES].flatten()) for i in range(0, rows, LANES)]
+        parts += [(min(WIDTH, rows - i), column, block[:, i : i + WIDTH].flatten()) for i in range(0, rows, WIDTH)]
     return replace(
         packed,
         values=torch.cat([p[2] for p in parts]) if parts else packed.values,
@@ -187,7 +217,7 @@ def unpack(packed: ShuffledBlock) -> Tensor:
         column = packed.columns[int(packed.column_ptr[g]) : int(packed.column_ptr[g + 1])].long()
         block = packed.values[int(packed.value_ptr[g]) : int(packed.value_ptr[g + 1])]
         if len(column):
-            flat[row[:, None], column[None]] = apart(block, len(column))[:, : len(row)].t()
+            flat[row[:, None], column[None]] = apart(block, len(column), packed.lanes)[:, : len(row)].t()
     if len(packed.shape) == 2:
         return flat
     return flat.view(rows, *packed.shape[2:], width).permute(0, 3, 1, 2).contiguous()
@@ -195,6 +225,8 @@ def unpack(packed: ShuffledBlock) -> Tensor:
 
 def _problem(p: ShuffledBlock) -> str:
     """What is wrong with the arrays; empty when nothing is."""
+    if p.lanes not in LANES:
+        return f"lanes that are {p.lanes!r}"
     counts = {name: getattr(p, name) for name in ("value_ptr", "column_ptr", "row_ptr")}
     for name, pointers in counts.items():
         if not len(pointers) or int(pointers[0]) != 0 or bool((pointers[1:] < pointers[:-1]).any()):
@@ -208,9 +240,9 @@ def _problem(p: ShuffledBlock) -> str:
         return "a row or column outside of the weight"
     if len(p.rows) != p.shape[0] or len(p.rows.unique()) != len(p.rows):
         return "a row that is in two groups or in none"
-    padded = (p.row_ptr.diff().long() + LANES - 1) // LANES * LANES
-    columns = p.column_ptr.diff().long()
-    columns += columns % 2 if p.values.dtype == torch.bfloat16 else 0
+    rows, columns = p.row_ptr.diff().long(), p.column_ptr.diff().long()
+    padded = (rows + WIDTH - 1) // WIDTH * WIDTH if p.lanes == "rows" else rows
+    columns += columns % 2 if _in_pairs(p.values.dtype, p.lanes) else 0
     if not torch.equal(p.value_ptr.diff(), columns * padded):
         return "blocks that are not rows x columns"
     inner = torch.ones(max(0, len(p.columns) - 1), dtype=torch.bool, device="cpu")

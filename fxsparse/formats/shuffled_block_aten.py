@@ -57,7 +57,7 @@ def standard(packed: ShuffledBlock) -> Standard:
 def expand(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     """See the module's text. Bias, residual and activation follow, as in the operator."""
     tensors = {name: cast(Tensor, weight_of(gm, arg(node, name))).cpu() for name in ARRAYS}
-    packed = ShuffledBlock(**tensors, shape=tuple(arg(node, "shape")))
+    packed = ShuffledBlock(**tensors, shape=tuple(arg(node, "shape")), lanes=arg(node, "lanes"))
     build = _Builder(gm, node, packed)
     with gm.graph.inserting_before(node):
         if len(packed.shape) == 2:
@@ -105,7 +105,9 @@ def _blocks(packed: ShuffledBlock) -> list[Block]:
     for g, rows in enumerate(packed.row_groups):
         columns = packed.columns[int(packed.column_ptr[g]) : int(packed.column_ptr[g + 1])].long()
         stored = packed.values[int(packed.value_ptr[g]) : int(packed.value_ptr[g + 1])]
-        weight = apart(stored, len(columns))[:, : len(rows)].t() if len(columns) else stored.view(len(rows), 0)
+        weight = (
+            apart(stored, len(columns), packed.lanes)[:, : len(rows)].t() if len(columns) else stored.view(len(rows), 0)
+        )
         found.append(_block(torch.from_numpy(rows), columns, weight))
     return found
 

@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fxsparse.formats.shuffled_block import LANES
 from fxsparse.kernels.shared import ACTIVATIONS
 
-NUMBERS = 21  # in struct Layer
+NUMBERS = 22  # in struct Layer
 _NAMES = tuple(ACTIVATIONS)
 
 
@@ -27,6 +28,7 @@ def fold(
     shape: Sequence[int],
     windows: Sequence[Sequence[int]],
     activation: str,
+    lanes: str = "rows",
 ) -> Tensor:
     """`layer` for these arguments of `shuffled_block`, which are trusted.
 
@@ -38,15 +40,15 @@ def fold(
     if bias is None:
         places.append(0)
     sizes = [*shape, 1, 1][:4]
-    kind = (len(packed[-1]) - 1, _NAMES.index(activation), values.numel())
+    kind = (len(packed[-1]) - 1, _NAMES.index(activation), LANES.index(lanes), values.numel())
     numbers = [*sizes, len(shape), *(n for pair in windows for n in pair), *kind, *places, end]
     return torch.from_numpy(np.concatenate([np.array(numbers, np.int64), *words]))
 
 
 def unfold(values: Tensor, layer: Tensor) -> tuple[list[Tensor], Tensor | None, list[Any]]:
-    """The six arrays, the bias, and the last five arguments of `shuffled_block`."""
+    """The six arrays, the bias, and the last six arguments of `shuffled_block`."""
     numbers = layer[:NUMBERS].tolist()
-    groups, activation, _, *places, _ = numbers[11:]
+    groups, activation, lanes, _, *places, _ = numbers[11:]
 
     def array(i: int, n: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return layer[places[i] :].view(dtype)[:n]
@@ -55,7 +57,7 @@ def unfold(values: Tensor, layer: Tensor) -> tuple[list[Tensor], Tensor | None, 
     columns, rows = array(1, int(column_ptr[-1])), array(3, int(row_ptr[-1]))
     bias = array(5, numbers[0], values.dtype) if places[5] else None
     windows = [numbers[i : i + 2] for i in (5, 7, 9)]
-    rest = [numbers[: numbers[4]], *windows, _NAMES[activation]]
+    rest = [numbers[: numbers[4]], *windows, _NAMES[activation], LANES[lanes]]
     return [values, value_ptr, columns, column_ptr, rows, row_ptr], bias, rest
 
 

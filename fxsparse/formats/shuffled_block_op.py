@@ -1,13 +1,13 @@
 """The operator `fxsparse::shuffled_block`: convolution and matrix product with a packed weight, channels last.
 
     shuffled_block(x, values, value_ptr, columns, column_ptr, rows, row_ptr, bias, residual,
-                   shape, stride, padding, dilation, activation) -> act(x * w + bias + residual)
+                   shape, stride, padding, dilation, activation, lanes) -> act(x * w + bias + residual)
 
 `shape` is the weight's, [O, I, kH, kW] or [O, I]. x is [N, H, W, I] and the result [N, OH, OW, O]; with a 1x1 kernel,
 stride 1 and no padding x may be [..., I]. On a CPU x and values both in float32, or both in bfloat16, run the C++
 kernel, on CUDA values in float32 the Triton kernel; all else unpacks the weight and runs dense. It has no gradient.
-The six arrays are trusted, `ShuffledBlock` checked them; all else is checked here. `ShuffledBlockFormat` puts it into a
-graph:
+The six arrays, and `lanes`, are trusted, `ShuffledBlock` checked them; all else is checked here. `ShuffledBlockFormat`
+puts it into a graph:
 
     conv2d(x, w, b) -> permute(shuffled_block(contiguous(permute(x)), packed w, b))     channels last inside
     linear(x, w, b) -> shuffled_block(contiguous(x), packed w, b)
@@ -43,6 +43,7 @@ from fxsparse.kernels.triton import shuffled_block_conv2d, shuffled_block_linear
 Pair = Sequence[int]
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
 LARGEST_IMAGE = 2**29  # elements: the kernel counts with 32 bits inside an image, padding included
+LEAST_PIXELS = 64  # as in kernels/cpu/shuffled_block.h
 _INDEX_DTYPES = [torch.int64, *[torch.int32] * 4]  # of value_ptr and what follows it
 
 
@@ -54,7 +55,8 @@ def _unfolded(x: Tensor, values: Tensor, layer: Tensor, residual: Tensor | None)
 shuffled_block, shuffled_block_into = define(
     "shuffled_block",
     "Tensor x, Tensor values, Tensor value_ptr, Tensor columns, Tensor column_ptr, Tensor rows, Tensor row_ptr,"
-    " Tensor? bias, Tensor? residual, int[] shape, int[2] stride, int[2] padding, int[2] dilation, str activation",
+    " Tensor? bias, Tensor? residual, int[] shape, int[2] stride, int[2] padding, int[2] dilation, str activation,"
+    " str lanes",
     register_operator,
     KERNEL_DTYPES,
     folded=("Tensor x, Tensor values, Tensor layer, Tensor? residual", _unfolded),
@@ -76,7 +78,7 @@ def multiply(
 
     bias [O] and residual, of the result's shape, have the dtype of x. Raises InputError for what does not fit.
     """
-    arguments = (list(packed.shape), list(stride), list(padding), list(dilation), activation)
+    arguments = (list(packed.shape), list(stride), list(padding), list(dilation), activation, packed.lanes)
     return cast(Tensor, shuffled_block(x, *packed.tensors, bias, residual, *arguments))
 
 
@@ -123,25 +125,36 @@ def _fake(x: Tensor, *arguments: Any) -> Tensor:
 def _cpu(x: Tensor, *arguments: Any) -> Tensor:
     """The C++ kernel. Called once per layer: at batch 1 every microsecond here is seen in the whole network."""
     packed, bias, residual = arguments[:6], arguments[6], arguments[7]
-    shape, stride, padding, dilation, activation = arguments[8:]
+    shape, stride, padding, dilation, activation, lanes = arguments[8:]
     has_kernel = packed[0].dtype == x.dtype in KERNEL_DTYPES
     if not has_kernel or not x.numel() or x.shape[1:].numel() > LARGEST_IMAGE:
         return reference(x, *arguments)
     y = x.new_empty(_output_shape(x, shape, stride, padding, dilation))
+    in_planes = lanes == "pixels" and not pointwise(shape[2:], stride, padding)
+    if in_planes and _planes(y, shape, stride, dilation) > LARGEST_IMAGE:
+        return reference(x, *arguments)
     _check_epilogue(x, y.shape, bias, residual, activation)
     x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
     x4, y4 = (x, y) if x.dim() == 4 else (x.view(1, 1, -1, x.shape[-1]), y.view(1, 1, -1, shape[0]))
-    run_on_cpu(x4, y4, packed, bias, residual, (shape[2:] or (1, 1), stride, padding, dilation), activation)
+    geometry = (shape[2:] or (1, 1), stride, padding, dilation)
+    run_on_cpu(x4, y4, packed, bias, residual, geometry, activation, lanes)
     return y
+
+
+def _planes(y: Tensor, shape: Sequence[int], stride: Pair, dilation: Pair) -> int:
+    """At least what a convolution lays out at once with pixels in lanes; as in shuffled_block_torch.cpp."""
+    row = y.shape[2] * stride[1] + (shape[3] - 1) * dilation[1] + 1
+    rows = 2 * stride[0] + (shape[2] - 1) * dilation[0]
+    return shape[1] * (stride[0] * stride[1] * 2 * LEAST_PIXELS + rows * row)
 
 
 def _cuda(x: Tensor, *arguments: Any) -> Tensor:
     """The Triton kernel. Not run on a GPU yet: see fxsparse.kernels.triton."""
     (values, value_ptr, columns, column_ptr, rows, row_ptr), bias, residual = arguments[:6], arguments[6], arguments[7]
-    shape, stride, padding, dilation, activation = arguments[8:]
-    if x.dtype not in TRITON_DTYPES or values.dtype == torch.bfloat16 or not x.numel():
+    shape, stride, padding, dilation, activation, lanes = arguments[8:]
+    if x.dtype not in TRITON_DTYPES or values.dtype == torch.bfloat16 or not x.numel() or lanes != "rows":
         return reference(x, *arguments)
     _check_epilogue(x, _output_shape(x, shape, stride, padding, dilation), bias, residual, activation)
     x = x.contiguous()
@@ -157,10 +170,10 @@ def _cuda(x: Tensor, *arguments: Any) -> Tensor:
 def reference(x: Tensor, *arguments: Any) -> Tensor:
     """The same in PyTorch's own operators, on any device and in any dtype."""
     packed, bias, residual = arguments[:6], arguments[6], arguments[7]
-    shape, stride, padding, dilation, activation = arguments[8:]
+    shape, stride, padding, dilation, activation, lanes = arguments[8:]
     _check_epilogue(x, _output_shape(x, shape, stride, padding, dilation), bias, residual, activation)
     values, value_ptr, columns, column_ptr, rows, row_ptr = (t.cpu() for t in packed)
-    weight = unpack(ShuffledBlock(values, value_ptr, columns, column_ptr, rows, row_ptr, tuple(shape))).to(x)
+    weight = unpack(ShuffledBlock(values, value_ptr, columns, column_ptr, rows, row_ptr, tuple(shape), lanes)).to(x)
     if pointwise(shape[2:], stride, padding):
         y = F.linear(x, weight.flatten(1))
     else:
@@ -183,12 +196,16 @@ class ShuffledBlockFormat(Format):
     operator = shuffled_block
 
     def why_not(self, node: fx.Node, weight: Tensor) -> str:
-        why = self.why_not_standard(node, weight)
+        why = self._no_rows(node, weight)
         if not why and weight.dtype not in KERNEL_DTYPES:
             return f"the kernel has no {str(weight.dtype).removeprefix('torch.')}"
         return why
 
     def why_not_standard(self, node: fx.Node, weight: Tensor) -> str:
+        return self._no_rows(node, weight)
+
+    def _no_rows(self, node: fx.Node, weight: Tensor) -> str:
+        """Why this layer is no product with rows of one list of columns."""
         if node.target not in self.layers:
             return "only conv2d and linear have this kernel"
         if node.target is aten.conv2d.default and arg(node, "groups") != 1:
@@ -222,7 +239,7 @@ class ShuffledBlockFormat(Format):
         geometry = [pair(arg(node, n)) for n in names] if is_conv else [[1, 1], [0, 0], [1, 1]]
         with gm.graph.inserting_before(node):
             x = channels_last(gm, node.all_input_nodes[0], is_conv)
-            rest: tuple[Any, ...] = (list(packed.shape), *geometry, "none")
+            rest: tuple[Any, ...] = (list(packed.shape), *geometry, "none", packed.lanes)
             y = gm.graph.call_function(shuffled_block, (x, *tensors, arg(node, "bias"), None, *rest))
             return gm.graph.call_function(aten.permute.default, (y, TO_FIRST)) if is_conv else y
 
@@ -232,15 +249,15 @@ class ShuffledBlockFormat(Format):
         if any(not isinstance(n, fx.Node) or n.op != "get_attr" for n in stored):
             return None
         tensors = [get_tensor(gm, str(cast(fx.Node, n).target)) for n in stored]
-        shape, *windows, activation = cast(Any, node.args[9:])
+        shape, *windows, activation, lanes = cast(Any, node.args[9:])
         constant = tensors[6] if bias is not None else None
         _check_epilogue(tensors[0], shape[:1], constant, None, activation)  # once: the kernel trusts what is folded
-        layer = fold(tensors[:6], constant, shape, windows, activation)
+        layer = fold(tensors[:6], constant, shape, windows, activation, lanes)
         name = f"{cast(fx.Node, values).target}_layer"
         return x, values, new_weight(gm, node, name, layer), residual
 
     def check_call(self, arguments: Sequence[Any]) -> None:
-        arrays, shape, pairs, activation = arguments[1:7], arguments[9], arguments[10:13], arguments[13]
+        arrays, shape, pairs, activation, lanes = arguments[1:7], arguments[9], arguments[10:13], *arguments[13:]
         kinds = [getattr(a, "dtype", None) for a in arrays]
         if kinds[0] not in KERNEL_DTYPES or kinds[1:] != _INDEX_DTYPES or any(a.dim() != 1 for a in arrays):
             raise _misfit("a stored array", f"flat arrays of float32 or bfloat16 and {_INDEX_DTYPES}", str(kinds))
@@ -250,12 +267,12 @@ class ShuffledBlockFormat(Format):
         if activation not in ACTIVATIONS:
             raise _misfit("the activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
         values, value_ptr, columns, column_ptr, rows, row_ptr = arrays
-        ShuffledBlock(values, value_ptr, columns, column_ptr, rows, row_ptr, tuple(shape))
+        ShuffledBlock(values, value_ptr, columns, column_ptr, rows, row_ptr, tuple(shape), lanes)
 
 
 def as_run(packed: ShuffledBlock) -> ShuffledBlock:
     """`packed` as this processor's kernel likes it best: narrow vectors take 16 rows at once, not 64."""
-    return packed if instruction_set().startswith("AVX512") else split(packed)
+    return packed if instruction_set().startswith("AVX512") or packed.lanes != "rows" else split(packed)
 
 
 def channels_last(gm: fx.GraphModule, x: fx.Node, is_conv: bool) -> fx.Node:

@@ -4,7 +4,8 @@
 //
 // A row group g has R rows and K kept columns; a column is one (ky, kx, channel). Rows lie in vector lanes, some pixels
 // are handled at once: for every column one load of R weights, and per pixel one broadcast and R / LANES multiply-adds.
-// Where a column is read is data (one int per column), not code, so free columns cost nothing.
+// Where a column is read is data (one int per column), not code, so free columns cost nothing. Groups of few rows would
+// leave most lanes empty: with `lanes` PIXELS_IN_LANES it is shuffled_block_pixels.h that does the work.
 //
 // Compiled once for the machine's widest vectors (16, 8 or 4 floats) by fxsparse/kernels/build.py.
 
@@ -20,6 +21,7 @@
 #include "bfloat16.h"
 #include "shuffled_block.h"
 #include "shuffled_block_field.h"
+#include "shuffled_block_pixels.h"
 #include "shuffled_block_tile.h"
 
 using shuffled_block::Problem;
@@ -382,6 +384,17 @@ void run(const Problem* q, const void* x, void* y, const Read<T>* values, const 
     convolution.run();
 }
 
+template <typename T>
+void run_pixels(const Problem* q, const void* x, void* y, const float* values, const int64_t* value_ptr,
+                const int32_t* columns, const int32_t* column_ptr, const int32_t* rows, const int32_t* row_ptr,
+                const void* bias, const void* residual) {
+    pixels::Convolution<T> convolution{*q,     static_cast<const T*>(x),    static_cast<T*>(y),
+                                       values, value_ptr,                   columns,
+                                       column_ptr, rows,                    row_ptr,
+                                       static_cast<const T*>(bias), static_cast<const T*>(residual)};
+    convolution.run();
+}
+
 // Pairs [K / 2, L, 2] of every group as [K, L], for processors that do not multiply pairs.
 [[maybe_unused]] std::vector<float> apart(const BFloat16* pairs, const int64_t* value_ptr, const int32_t* row_ptr,
                                           int64_t groups) {
@@ -401,12 +414,18 @@ extern "C" {
 void fxsparse_shuffled_block_f32(const Problem* q, const void* x, void* y, const float* values,
                                  const int64_t* value_ptr, const int32_t* columns, const int32_t* column_ptr,
                                  const int32_t* rows, const int32_t* row_ptr, const void* bias, const void* residual) {
-    run<float>(q, x, y, values, value_ptr, columns, column_ptr, rows, row_ptr, bias, residual);
+    const auto kernel = q->lanes == shuffled_block::PIXELS_IN_LANES ? run_pixels<float> : run<float>;
+    kernel(q, x, y, values, value_ptr, columns, column_ptr, rows, row_ptr, bias, residual);
 }
 
 void fxsparse_shuffled_block_bf16(const Problem* q, const void* x, void* y, const BFloat16* values,
                                   const int64_t* value_ptr, const int32_t* columns, const int32_t* column_ptr,
                                   const int32_t* rows, const int32_t* row_ptr, const void* bias, const void* residual) {
+    if (q->lanes == shuffled_block::PIXELS_IN_LANES) {
+        std::vector<float> wide(value_ptr[q->groups]);
+        for (size_t i = 0; i < wide.size(); i++) wide[i] = widen(values[i]);
+        return run_pixels<BFloat16>(q, x, y, wide.data(), value_ptr, columns, column_ptr, rows, row_ptr, bias, residual);
+    }
 #if defined(__AVX512BF16__)
     run<BFloat16>(q, x, y, values, value_ptr, columns, column_ptr, rows, row_ptr, bias, residual);
 #else

@@ -13,16 +13,20 @@ struct Problem {
     int64_t kernel_height, kernel_width;
     int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
     int64_t groups, activation, threads;
+    int64_t lanes;  // enum Lanes
 };
+
+enum Lanes { ROWS_IN_LANES, PIXELS_IN_LANES };  // the order is that of LANES in formats/shuffled_block.py
+constexpr int64_t LEAST_PIXELS = 64;            // with pixels in lanes, laid out at once if there are as many
 
 // What stays the same from call to call, at the beginning of a tensor of int64: fxsparse/formats/shuffled_block_layer.py
 // writes it. The arrays begin so many int64 after its own beginning; a bias at 0 is none.
 struct Layer {
     int64_t out_channels, channels, kernel_height, kernel_width, dimensions;
     int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
-    int64_t groups, activation, values;
+    int64_t groups, activation, lanes, values;
     int64_t value_ptr, columns, column_ptr, rows, row_ptr, bias, end;
 };
-static_assert(sizeof(Layer) == 21 * sizeof(int64_t));  // NUMBERS there
+static_assert(sizeof(Layer) == 22 * sizeof(int64_t));  // NUMBERS there
 
 }  // namespace shuffled_block

@@ -24,6 +24,7 @@ def run(
     residual: Tensor | None,
     geometry: Sequence[Sequence[int]],
     activation: str,
+    lanes: str = "rows",
     isa: str | None = None,
 ) -> None:
     """Write y [N, OH, OW, O] for x [N, H, W, I], both contiguous; they and `values` all float32 or all bfloat16.
@@ -36,7 +37,7 @@ def run(
     kernel, stride, padding, dilation = geometry
     sizes = (
         *x.shape, *y.shape[1:], *kernel, *stride, *padding, *dilation, row_ptr.shape[0] - 1,
-        _NUMBER[activation], torch.get_num_threads(),
+        _NUMBER[activation], torch.get_num_threads(), int(lanes == "pixels"),
     )  # fmt: skip
     function("shuffled_block", _NAMES[x.dtype], 11, isa)(
         int64s(sizes), x.data_ptr(), y.data_ptr(), values.data_ptr(), value_ptr.data_ptr(), columns.data_ptr(),

@@ -31,6 +31,13 @@ int64_t output_size(int64_t size, int64_t kernel, int64_t stride, int64_t paddin
     return (size + 2 * padding - dilation * (kernel - 1) - 1) / stride + 1;
 }
 
+// At least what a convolution lays out at once with pixels in lanes; `_planes` in fxsparse/formats/shuffled_block_op.py.
+int64_t planes(const Layer& l, int64_t out_width) {
+    const int64_t row = out_width * l.stride_x + (l.kernel_width - 1) * l.dilation_x + 1;
+    const int64_t rows = 2 * l.stride_y + (l.kernel_height - 1) * l.dilation_y;
+    return l.channels * (l.stride_y * l.stride_x * 2 * shuffled_block::LEAST_PIXELS + rows * row);
+}
+
 bool same_shape(const Tensor& a, const Tensor& b) {
     const auto of_a = a.sizes(), of_b = b.sizes();
     if (of_a.size() != of_b.size()) return false;
@@ -54,8 +61,10 @@ Problem problem(const Call& call, const Layer& l) {
     call.expect(oh > 0 && ow > 0 && call.out.numel() == n * oh * ow * l.out_channels, "an output of the product's size");
     call.expect(!image || (to[0] == n && to[1] == oh && to[2] == ow), "an output of the product's shape");
     call.expect(h * w * l.channels <= LARGEST_IMAGE, "images of at most 2^29 elements");
+    if (l.lanes == shuffled_block::PIXELS_IN_LANES && !pointwise)
+        call.expect(planes(l, ow) <= LARGEST_IMAGE, "rows of an image, as many as taps reach, of at most 2^29 elements");
     return {n, h, w, l.channels, oh, ow, l.out_channels, l.kernel_height, l.kernel_width, l.stride_y, l.stride_x,
-            l.padding_y, l.padding_x, l.dilation_y, l.dilation_x, l.groups, l.activation, torch::stable::get_num_threads()};
+            l.padding_y, l.padding_x, l.dilation_y, l.dilation_x, l.groups, l.activation, torch::stable::get_num_threads(), l.lanes};
 }
 
 const Layer& layer_of(const Call& call, const Tensor& folded, const Tensor& values) {
