@@ -67,12 +67,19 @@ def rows_of(gm: fx.GraphModule, layers: Iterable[Layer], ctx: Context, plan: Pla
 def with_formats(rows: Iterable[Row], layers: Iterable[Layer], plan: Plan) -> list[Row]:
     """The rows with what `choose_formats` decided: stored and multiplied are then whole blocks only."""
     chosen = {d.data["node"]: d.data for d in plan.accepted if d.step == "choose_formats"}
-    refused = {d.where: d.why for d in reversed(plan.refused) if d.step == "choose_formats" and d.why != NO_ZEROS}
+    refused: dict[str, str] = {}
+    for d in sorted((d for d in plan.refused if d.step == "choose_formats" and d.why != NO_ZEROS), key=_best_first):
+        refused.setdefault(d.where, f"{d.data['format']}: {d.why}" if "sparse_us" in d.data else d.why)
     return [
         _stored(row, layer, chosen[layer.node]) if layer.node in chosen
         else dataclasses.replace(row, dense_for=refused.get(_stored_name(layer), ""))
         for row, layer in zip(rows, layers, strict=True)
     ]  # fmt: skip
+
+
+def _best_first(decision: Decision) -> float:
+    """Formats that were timed by their time, the others behind them as they came."""
+    return cast(float, decision.data.get("sparse_us", math.inf))
 
 
 def _stored_name(layer: Layer) -> str:

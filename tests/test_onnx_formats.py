@@ -13,7 +13,7 @@ from fxsparse.deploy import standard
 from fxsparse.deploy.gathers import merge_gathers
 from fxsparse.errors import TargetError
 from fxsparse.formats import shuffled_block_aten as expanded
-from fxsparse.formats.shuffled_block import ARRAYS, pack, unpack
+from fxsparse.formats.shuffled_block import ARRAYS, LANES, pack, unpack
 from fxsparse.formats.shuffled_block_op import shuffled_block
 from fxsparse.ir.graph import clone, refresh
 
@@ -27,9 +27,11 @@ def integers(*shape: int) -> Tensor:
     return torch.randint(-3, 4, shape).float()
 
 
-def operator_graph(x: Tensor, weight: Tensor, *, activation: str, residual: bool, **geometry: Any) -> fx.GraphModule:
+def operator_graph(
+    x: Tensor, weight: Tensor, *, activation: str, residual: bool, lanes: str = "rows", **geometry: Any
+) -> fx.GraphModule:
     """y = op(x), as the pipeline leaves it, with shapes; the bias is 1, 2, 3 ..."""
-    packed = pack(weight)
+    packed = pack(weight, lanes=lanes)
     gm, graph = nn.Module(), fx.Graph()
     tensors = dict(zip(ARRAYS, packed.tensors, strict=True)) | {"bias": torch.arange(1.0, len(weight) + 1)}
     for name, tensor in tensors.items():
@@ -81,17 +83,22 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("case", CASES)
-def test_standard_operators_do_what_the_operator_does(case: str, residual: bool) -> None:
+def test_standard_operators_do_what_the_operator_does(case: str, residual: bool, lanes: str) -> None:
     rows, columns, shape, whole, geometry = CASES[case]
     weight = grouped_weight(rows, columns, shape, whole=whole)
     x = integers(2, 7, 9, shape[1]) if len(shape) == 4 else integers(2, 5, shape[1])
-    gm = operator_graph(x, weight, activation="relu", residual=residual, **geometry)
+    gm = operator_graph(x, weight, activation="relu", residual=residual, lanes=lanes, **geometry)
     (theirs,), plain = gm(x), standard.standard(gm).gm
     assert all(n.target.namespace == "aten" for n in plain.graph.nodes if n.op == "call_function")
     permutes = sum(n.target is torch.ops.aten.permute.default for n in plain.graph.nodes)
     assert permutes == (0 if len(shape) == 2 else 2 + residual)  # none between two layers
+    calls = [n.target._schema.name for n in plain.graph.nodes if n.op == "call_function"]
+    assert (
+        lanes == "rows" or calls.count("aten::conv2d") + calls.count("aten::linear") == 1 + residual
+    )  # the dense layer again
     (ours,) = plain(x)
     assert torch.equal(ours, theirs)  # small integers: every sum is exact
 

@@ -60,7 +60,6 @@ SPINE: list[dict[str, Any]] = [
         for model in ("mobilenet_v2", "densenet121")
     ),
     {"model": "mobilenet_v2", "recipe": "dead_rows_alive_bias", "batch": 1, "threads": 1},
-    {"model": "resnet18", "recipe": "unstructured", "batch": 1, "threads": 1, "sparsity": 0.95},
     *({"model": "vit_b_16", "recipe": "heads_and_neurons", "batch": 1, "threads": threads} for threads in (1, 2)),
 ]
 BLOCKS: list[dict[str, Any]] = [
@@ -72,11 +71,19 @@ BLOCKS: list[dict[str, Any]] = [
     ),
     *(
         {"model": "resnet50", "recipe": "shuffled_blocks", "sparsity": sparsity, "rows": rows, "batch": 1, "threads": 1}
-        for sparsity, rows in ((0.15, 64), (0.5, 64), (0.74, 32), (0.74, 16), (0.9, 64), (0.95, 64))
+        for sparsity, rows in ((0.15, 64), (0.5, 64), (0.74, 32), (0.74, 16), (0.74, 8), (0.9, 64), (0.95, 64))
     ),
     {"model": "resnet50", "recipe": "shuffled_blocks_apart", "sparsity": 0.74, "rows": 64, "batch": 1, "threads": 1},
     {"model": "mobilenet_v2", "recipe": "shuffled_blocks", "sparsity": 0.74, "rows": 32, "batch": 1, "threads": 1},
 ]
+UNSTRUCTURED: list[dict[str, Any]] = [
+    {"model": model, "recipe": "unstructured", "sparsity": sparsity, "batch": batch, "threads": threads}
+    for model, sparsity, batch, threads in (
+        ("resnet18", 0.9, 1, 1), ("resnet18", 0.95, 1, 1), ("resnet50", 0.8, 1, 1), ("resnet50", 0.9, 1, 1),
+        ("resnet50", 0.95, 1, 1), ("resnet50", 0.9, 1, 2), ("resnet50", 0.9, 16, 1), ("resnet50", 0.95, 16, 1),
+        ("vgg16", 0.9, 1, 1), ("mobilenet_v2", 0.9, 1, 1),
+    )
+]  # fmt: skip
 MATRIX: list[dict[str, Any]] = [
     {"model": model, "recipe": recipe, "sparsity": sparsity, "batch": 1 + 15 * (i % 2), "threads": 1 + i // 2 % 2}
     for model in ("resnet18_cifar", "vgg16_cifar", "mobilenet_v1_cifar", "wrn32_2_cifar", "resnet18")
@@ -84,7 +91,7 @@ MATRIX: list[dict[str, Any]] = [
     for i, sparsity in enumerate((0.2, 0.5, 0.74, 0.95))
 ]
 Inputs = tuple[Tensor, ...]
-SUITES: dict[str, list[dict[str, Any]]] = {"spine": SPINE, "blocks": BLOCKS, "matrix": MATRIX}
+SUITES = {"spine": SPINE, "blocks": BLOCKS, "unstructured": UNSTRUCTURED, "matrix": MATRIX}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

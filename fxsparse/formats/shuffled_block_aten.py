@@ -8,6 +8,7 @@ channels of its own, the taps' shifted images are stacked first (im2col, of thos
 the convolution is 1x1. Groups of unequal size are put into buckets and filled up with zeros, at most `WASTE` times.
 Rows that follow each other in the order of the buckets need no gather at the end: `permute_channels` numbers them so.
 Zeros that fill up multiply what the dense layer multiplies with zeros too, so NaN and infinity reach the same rows.
+With pixels in lanes groups are too small for any of this: that is the dense layer again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, fx
 
 from fxsparse.formats.format import Standard
-from fxsparse.formats.shuffled_block import ARRAYS, ShuffledBlock, apart
+from fxsparse.formats.shuffled_block import ARRAYS, ShuffledBlock, apart, unpack
 from fxsparse.ir.graph import arg, aten, new_weight, weight_of
 
 # Measured in ONNX Runtime 1.32 on one core (AMD EPYC with AVX-512), groups of 64 rows, a quarter of the columns:
@@ -59,12 +60,14 @@ def expand(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     tensors = {name: cast(Tensor, weight_of(gm, arg(node, name))).cpu() for name in ARRAYS}
     packed = ShuffledBlock(**tensors, shape=tuple(arg(node, "shape")), lanes=arg(node, "lanes"))
     build = _Builder(gm, node, packed)
+    is_dense = packed.lanes == "pixels"
     with gm.graph.inserting_before(node):
         if len(packed.shape) == 2:
-            return build.finished(build.linear(), arg(node, "residual"))
+            return build.finished(build.dense() if is_dense else build.linear(), arg(node, "residual"))
         residual = arg(node, "residual")  # channels first, so that the permutes between two layers are neighbors
         first = None if residual is None else build.call(aten.permute.default, residual, TO_FIRST)
-        return build.call(aten.permute.default, build.finished(build.convolution(), first), TO_LAST)
+        y = build.dense() if is_dense else build.convolution()
+        return build.call(aten.permute.default, build.finished(y, first), TO_LAST)
 
 
 def buckets(blocks: Sequence[Block]) -> list[list[Block]]:
@@ -163,6 +166,15 @@ class _Builder:
         y = y if residual is None else self.call(aten.add.Tensor, y, residual)
         activation = arg(self.node, "activation")
         return y if activation == "none" else self.call(ACTIVATIONS[activation], y)
+
+    def dense(self) -> fx.Node:
+        """[..., I] -> [..., O], or [N, H, W, I] -> [N, O, OH, OW]"""
+        weight, bias = self.constant("dense", self.cast(unpack(self.packed))), arg(self.node, "bias")
+        if len(self.packed.shape) == 2:
+            return self.call(aten.linear.default, self.x, weight, bias)
+        geometry = [list(arg(self.node, name)) for name in ("stride", "padding", "dilation")]
+        x = self.call(aten.permute.default, self.x, TO_FIRST)
+        return self.call(aten.conv2d.default, x, weight, bias, *geometry)
 
     def linear(self) -> fx.Node:
         """[..., I] -> [..., O]"""
