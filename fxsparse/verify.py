@@ -1,9 +1,10 @@
 """Is the result the masked model? Outputs are compared, within what the reference's own rounding justifies.
 
 error(y) = max |y - y64|, y64 being the masked model in float64. A result y may be off by `SLACK` times the error that
-the masked model itself makes in its dtype, plus a floor of a few units in the last place of the largest output. In
-float64, its error is what a few last places more or less in every weight and input do. Of integers and bools (an
-argmax, a threshold) those that differ are counted: what rounding turns over in the masked model, it may turn over here.
+the masked model itself makes in its dtype, images channels last or not, plus a floor of a few units in the last place
+of the largest output. In float64, its error is what a few last places more or less in every weight and input do. Of
+integers and bools (an argmax, a threshold) those that differ are counted: what rounding turns over in the masked model,
+it may turn over here.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ def reference(flat_gm: fx.GraphModule, inputs: Sequence[Any]) -> Reference:
     with torch.no_grad():
         exact = _exact(wide, inputs)
         others = [_outputs(flat_gm(*inputs))]
+        if any(map(_is_image, inputs)):
+            others.append(_outputs(flat_gm(*map(_channels_last, inputs))))
         if any(isinstance(y, Tensor) and y.dtype == torch.float64 for y in others[0]):
             generator = torch.Generator().manual_seed(0)
             shaken = _shaken(wide, generator)
@@ -88,6 +91,15 @@ def reference(flat_gm: fx.GraphModule, inputs: Sequence[Any]) -> Reference:
     release(wide)
     allowed = [max(map(_allowed, own, itertools.repeat(y))) for y, *own in zip(exact, *others, strict=True)]
     return Reference(tuple(inputs), tuple(exact), tuple(allowed))
+
+
+def _is_image(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dim() == 4 and x.is_floating_point()
+
+
+def _channels_last(x: Any) -> Any:
+    """Sums go in another order then; a norm by the statistics of its input magnifies that in constant channels."""
+    return x.contiguous(memory_format=torch.channels_last) if _is_image(x) else x
 
 
 def _exact(wide: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
