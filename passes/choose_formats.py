@@ -103,7 +103,7 @@ def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Dec
         return Decision("choose_formats", name, what, f"{share:.0%} of the dense layer's work", False)
     data = {"node": node, "format": fmt.name, "groups": groups, "packed": packed, "share": share}
     if ctx.time_format is None or ctx.time_layer is None or ctx.force_formats:
-        why = "" if ctx.force_formats else fmt.why_not_untimed(node) or _too_large(packed, weight, ctx)
+        why = "" if ctx.force_formats else fmt.why_not_untimed(node)
         accepted = (share < MODELLED and not why) or ctx.force_formats
         return Decision("choose_formats", name, what, why or f"{share:.0%} of the work, not timed", accepted, data)
     dense_us = ctx.time_layer(node, *_widths(weight)) * 1e6
@@ -112,12 +112,6 @@ def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Dec
     why = f"{share:.0%} of the work: {sparse_us:.0f} us, dense {dense_us:.0f} us"
     data |= {"dense_us": dense_us, "sparse_us": sparse_us}
     return Decision("choose_formats", name, what, why, faster, data)
-
-
-def _too_large(packed: Packed, weight: Tensor, ctx: Context) -> str:
-    """Half registers do half of the work and are stored whole."""
-    larger = not ctx.standard_operators and packed.nse >= weight.numel()
-    return f"it would store {packed.nse / weight.numel():.0%} of the weight, not timed" if larger else ""
 
 
 def _widths(weight: Tensor) -> tuple[int, int]:

@@ -7,7 +7,6 @@ import io
 import json
 import pickle
 import random
-import re
 import sys
 import threading
 import weakref
@@ -925,14 +924,3 @@ def test_a_pruned_weight_that_is_no_layer_s_is_named_and_masks_of_prune_are_in_t
     assert any(d.where == "2.weight" and not d.accepted for d in report.decisions)
     assert report.masks is not None
     assert {"0.weight", "2.weight"} <= set(report.masks)
-
-
-def test_untimed_a_format_that_stores_more_than_the_weight_is_not_chosen() -> None:
-    """Groups of up to 8 rows do half of the work, and are stored in whole registers."""
-    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 1)).eval()
-    mask = torch.rand(32, 3, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.28
-    report = fxsparse.plan(model, {"0.weight": mask}, (torch.randn(1, 3, 8, 8),))
-    row = report.rows[0]
-    assert row.stored == "dense"
-    assert re.fullmatch(r"it would store \d+% of the weight, not timed", row.dense_for)
-    assert report.macs_after <= report.macs_before

@@ -1,8 +1,8 @@
 """Which rows of a sparse weight share a block: found in the zeros alone.
 
 The cost of a group of R rows with K columns is c(R) * (K + s): starting a group is taken to be worth s columns. With
-rows in vector lanes c is R filled up to 16, or to 8 for a group of at most 8 rows, and s is 24. With pixels there c is
-R and, for every 8 rows, what reading the pixels takes, and s is 2. That is a model; what is chosen is timed.
+rows in vector lanes c is R filled up to 16, and s is 24. With pixels there c is R and, for every 8 rows, what reading
+the pixels takes, and s is 2. That is a model; what is chosen is timed.
 Rows with equal columns always go together. Up to 256 different rows are merged pair by pair while that lowers the cost.
 More are first gathered greedily, a seed and the rows that share most columns with it, or left as they are.
 """
@@ -27,8 +27,7 @@ Numbers = NDArray[np.int64] | NDArray[np.float32]
 
 
 def _rows_in_lanes(rows: Numbers | int) -> NDArray[np.float64]:
-    rows = np.asarray(rows)
-    return np.asarray(np.where(rows <= WIDTH // 2, WIDTH // 2, (rows + WIDTH - 1) // WIDTH * WIDTH) * (rows > 0))
+    return np.asarray((np.asarray(rows) + WIDTH - 1) // WIDTH * WIDTH, dtype=np.float64)
 
 
 def _pixels_in_lanes(rows: Numbers | int) -> NDArray[np.float64]:

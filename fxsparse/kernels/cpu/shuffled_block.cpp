@@ -346,7 +346,7 @@ struct Convolution {
                 to = inside(s.g, f.first_row + i / f.per_row).second;
             }
             if (far) prefetch(x + s.place[i] + f.x_line + tall, here * q.channels);
-            const Tile<T> tile = tile_for<T>(static_cast<int>(s.vectors), static_cast<int>(here), sink.lanes);
+            const Tile<T> tile = tile_for<T>(static_cast<int>(s.vectors), static_cast<int>(here));
             tile(x, s.place + i, f.x_pixel, s.offset, from, to, s.w, s.lanes, s.next.of(nth + c), sink);
             sink.y += here * f.y_pixel;
             if (f.residual) sink.residual += here * f.y_pixel;

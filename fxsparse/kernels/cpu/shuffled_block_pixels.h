@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -80,12 +79,12 @@ inline __attribute__((always_inline)) void transpose(Vec (&v)[LANES]) {
 }
 
 // The first n lanes, zeros behind them.
-inline Vec read(const float* from, int64_t n) { return n >= LANES ? load<false>(from) : load_some(from, n); }
+inline Vec read(const float* from, int64_t n) { return n >= LANES ? load(from) : load_some(from, n); }
 inline void write(Vec v, float* to, int64_t n) { n >= LANES ? store(v, to) : store_some(v, to, n); }
 inline Vec read(const BFloat16* from, int64_t n) {
     alignas(64) float wide[LANES] = {};
     for (int64_t i = 0; i < std::min<int64_t>(n, LANES); i++) wide[i] = widen(from[i]);
-    return load<false>(wide);
+    return load(wide);
 }
 inline void write(Vec v, BFloat16* to, int64_t n) {
     alignas(64) float wide[LANES];
@@ -148,7 +147,7 @@ void tile(const float* x, const Columns& columns, float* y, int64_t plane, const
 #pragma GCC unroll 32
             for (int v = 0; v < V; v++) {
                 float* to = y + rows[r] * plane + v * LANES;
-                store(c ? sum[r][v] + load<false>(to) : sum[r][v], to);
+                store(c ? sum[r][v] + load(to) : sum[r][v], to);
             }
         if (c + 1 >= chains) return;
     }
@@ -338,9 +337,9 @@ struct Convolution {
         const int64_t there = std::min<int64_t>(LANES, q.out_channels - c);
         Vec v[LANES];
 #pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) v[i] = load<false>(from + std::min(c + i, q.out_channels - 1) * plane_out);
+        for (int i = 0; i < LANES; i++) v[i] = load(from + std::min(c + i, q.out_channels - 1) * plane_out);
         transpose(v);
-        const Vec add = load<false>(lane_bias.data() + c);
+        const Vec add = load(lane_bias.data() + c);
 #pragma GCC unroll 16
         for (int p = 0; p < LANES; p++, at += q.out_channels) {
             if (p >= n) return;

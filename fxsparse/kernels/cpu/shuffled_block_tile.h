@@ -111,25 +111,9 @@ struct Sink {
     bool fetch;          // what is written, and the residual, come from memory: fetch them while there is time
 };
 
-// What sums are kept in: whole registers, or half ones for groups of few rows, of which twice as many are added at once.
-template <bool HALF>
-struct Part {
-    typedef Vec Type;
-};
-template <>
-struct Part<true> {
-    typedef float Type __attribute__((vector_size(LANES / 2 * sizeof(float)), aligned(sizeof(float))));
-};
-
-// Not `template <typename Sum>`: a vector type loses its alignment as a template's argument.
-template <bool HALF>
-inline typename Part<HALF>::Type load(const float* from) {
-    return *reinterpret_cast<const typename Part<HALF>::Type*>(from);
-}
-inline void store(Part<false>::Type v, float* to) { *reinterpret_cast<Part<false>::Type*>(to) = v; }
-inline void store(Part<true>::Type v, float* to) { *reinterpret_cast<Part<true>::Type*>(to) = v; }
+inline Vec load(const float* from) { return *reinterpret_cast<const Vec*>(from); }
+inline void store(Vec v, float* to) { *reinterpret_cast<Vec*>(to) = v; }
 #if defined(__AVX512BF16__)
-template <bool HALF>
 inline Vec load(const BFloat16* from) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
     return reinterpret_cast<Vec>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
@@ -170,33 +154,31 @@ inline void store_some(Vec v, BFloat16* to, int64_t n) {
 
 // Lanes that are channels one after the other, from registers: every index is a constant, or g++ would store them first.
 // SOME: the last register is not full.
-template <typename T, bool HALF, bool SOME, int V, int P>
-inline __attribute__((always_inline)) void put_in_order(typename Part<HALF>::Type (&sum)[P][V], const Sink<T>& sink) {
-    typedef typename Part<HALF>::Type Sum;
-    constexpr int WIDE = sizeof(Sum) / sizeof(float);
-    [[maybe_unused]] const int64_t n = sink.lanes - (V - 1) * WIDE;
+template <typename T, bool SOME, int V, int P>
+inline __attribute__((always_inline)) void put_in_order(Vec (&sum)[P][V], const Sink<T>& sink) {
+    [[maybe_unused]] const int64_t n = sink.lanes - (V - 1) * LANES;
     if (sink.residual) {
         const T* from = sink.residual + sink.rows[0];
 #pragma GCC unroll 32
         for (int p = 0; p < P; p++, from += sink.step)
 #pragma GCC unroll 4
             for (int v = 0; v < V; v++)
-                if constexpr (SOME) sum[p][v] += v + 1 < V ? load<HALF>(from + v * WIDE) : load_some(from + v * WIDE, n);
-                else sum[p][v] += load<HALF>(from + v * WIDE);
+                if constexpr (SOME) sum[p][v] += v + 1 < V ? load(from + v * LANES) : load_some(from + v * LANES, n);
+                else sum[p][v] += load(from + v * LANES);
     }
     if (sink.activation == RELU) {
 #pragma GCC unroll 32
         for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
-            for (int v = 0; v < V; v++) sum[p][v] = sum[p][v] < Sum{} ? Sum{} : sum[p][v];  // NaN stays NaN
+            for (int v = 0; v < V; v++) sum[p][v] = sum[p][v] < Vec{} ? Vec{} : sum[p][v];  // NaN stays NaN
     }
     T* to = sink.y + sink.rows[0];
 #pragma GCC unroll 32
     for (int p = 0; p < P; p++, to += sink.step)
 #pragma GCC unroll 4
         for (int v = 0; v < V; v++)
-            if constexpr (SOME) v + 1 < V ? store(sum[p][v], to + v * WIDE) : store_some(sum[p][v], to + v * WIDE, n);
-            else store(sum[p][v], to + v * WIDE);
+            if constexpr (SOME) v + 1 < V ? store(sum[p][v], to + v * LANES) : store_some(sum[p][v], to + v * LANES, n);
+            else store(sum[p][v], to + v * LANES);
 }
 
 // Any lanes, `width` of each pixel, some of which may be no rows; any activation.
@@ -211,7 +193,7 @@ __attribute__((noinline)) void put_lanes(float* lane, int pixels, int64_t width,
             else for (int64_t i = 0; i < n; i++) lane[i] += widen(from[rows[i]]);
         }
         if (sink.activation != NONE)
-            for (int64_t i = 0; i < n; i += LANES) store(activate(load<false>(lane + i), sink.activation), lane + i);
+            for (int64_t i = 0; i < n; i += LANES) store(activate(load(lane + i), sink.activation), lane + i);
         if (sink.in_order) for (int64_t i = 0; i < n; i++) narrow(lane[i], y + rows[0] + i);
         else for (int64_t i = 0; i < n; i++) narrow(lane[i], y + rows[i]);
     }
@@ -241,12 +223,10 @@ struct Walk {
 
 // sum += the columns from `first` to `last`, P pixels x V vectors of rows. Pixel p lies at line + place[p]; in wide vectors
 // `step` after the one before.
-template <bool HALF, int V, int P>
-inline __attribute__((always_inline)) void add_columns(typename Part<HALF>::Type (&sum)[P][V], const float* line,
-                                                       const int64_t* place, int64_t step, const int32_t* offset,
-                                                       int64_t first, int64_t last, const float* w, int64_t lanes,
-                                                       const Ahead& ahead) {
-    typedef typename Part<HALF>::Type Sum;
+template <int V, int P>
+inline __attribute__((always_inline)) void add_columns(Vec (&sum)[P][V], const float* line, const int64_t* place,
+                                                       int64_t step, const int32_t* offset, int64_t first,
+                                                       int64_t last, const float* w, int64_t lanes, const Ahead& ahead) {
     const float* pixel[P];
     for (int p = 0; p < P; p++) {
         pixel[p] = line + place[p];
@@ -256,13 +236,13 @@ inline __attribute__((always_inline)) void add_columns(typename Part<HALF>::Type
     constexpr int HELD = LANES == 16 && P * V + V + 1 > 32 ? V - 1 : V;  // weights that find a register
     const auto add = [&](int64_t k) __attribute__((always_inline)) {
         const float* at = pixel[0] + offset[k];
-        const Sum* column = reinterpret_cast<const Sum*>(w + k * lanes);
-        Sum weight[V];
+        const Vec* column = reinterpret_cast<const Vec*>(w + k * lanes);
+        Vec weight[V];
 #pragma GCC unroll 4
         for (int v = 0; v < HELD; v++) weight[v] = column[v];
 #pragma GCC unroll 32
         for (int p = 0; p < P; p++) {
-            const Sum x = (NARROW ? pixel[p][offset[k]] : walk.next(at, p)) - Sum{};  // not +: -0 + 0 is another zero
+            const Vec x = (NARROW ? pixel[p][offset[k]] : walk.next(at, p)) - Vec{};  // not +: -0 + 0 is another zero
 #pragma GCC unroll 4
             for (int v = 0; v < HELD; v++) sum[p][v] += weight[v] * x;
 #if defined(__AVX512F__)  // g++ would load it once, and keep a sum in memory instead
@@ -299,7 +279,7 @@ inline __attribute__((always_inline)) void add_pair(Vec (&sum)[P][V], const BFlo
     }
 }
 
-template <bool HALF, int V, int P>
+template <int V, int P>
 inline __attribute__((always_inline)) void add_columns(Vec (&sum)[P][V], const BFloat16* line,
                                                        const int64_t* place, int64_t step, const int32_t* offset,
                                                        int64_t first, int64_t last, const BFloat16* w, int64_t lanes,
@@ -328,11 +308,9 @@ inline __attribute__((always_inline)) void add_columns(Vec (&sum)[P][V], const B
 #endif
 
 // All columns, in chains of equal length that are summed up apart.
-template <typename T, int V, int P, bool HALF = false>
+template <typename T, int V, int P>
 void tile(const Read<T>* line, const int64_t* place, int64_t step, const int32_t* offset, int64_t from, int64_t to,
           const Read<T>* w, int64_t lanes, const Ahead& ahead, const Sink<T>& sink) {
-    typedef typename Part<HALF>::Type Sum;
-    constexpr int WIDE = sizeof(Sum) / sizeof(float);
     if (sink.in_order && sink.fetch) {
         const int64_t n = std::min<int64_t>(sink.lanes, V * LANES);
         for (int p = 0; p < P; p++)
@@ -342,41 +320,41 @@ void tile(const Read<T>* line, const int64_t* place, int64_t step, const int32_t
                 if (sink.residual) __builtin_prefetch(sink.residual + at, 0, 2);
             }
     }
-    Sum sum[P][V];
+    Vec sum[P][V];
 #pragma GCC unroll 32
     for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) sum[p][v] = load<HALF>(sink.bias + v * WIDE);
+        for (int v = 0; v < V; v++) sum[p][v] = load(sink.bias + v * LANES);
     const int64_t columns = to - from, chains = (columns + CHAIN - 1) / CHAIN;
     alignas(64) float kept[P][V * LANES];  // in memory: sums of earlier chains, and what `put_lanes` reads
     for (int64_t c = 0, first = from, last = to;; c++, first = last) {
         if (chains > 1) last = from + (c + 1) * columns / chains;
-        add_columns<HALF, V, P>(sum, line, place, step, offset, first, last, w, lanes, ahead);
+        add_columns<V, P>(sum, line, place, step, offset, first, last, w, lanes, ahead);
         if (c + 1 >= chains) break;
 #pragma GCC unroll 32
         for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
             for (int v = 0; v < V; v++) {
-                store(c ? sum[p][v] + load<HALF>(kept[p] + v * WIDE) : sum[p][v], kept[p] + v * WIDE);
-                sum[p][v] = Sum{};
+                store(c ? sum[p][v] + load(kept[p] + v * LANES) : sum[p][v], kept[p] + v * LANES);
+                sum[p][v] = Vec{};
             }
     }
     if (chains > 1) {
 #pragma GCC unroll 32
         for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
-            for (int v = 0; v < V; v++) sum[p][v] += load<HALF>(kept[p] + v * WIDE);
+            for (int v = 0; v < V; v++) sum[p][v] += load(kept[p] + v * LANES);
     }
     if constexpr (std::is_same_v<T, Read<T>>) {
         if (sink.in_order && (sink.activation == NONE || sink.activation == RELU)) {
-            if (sink.lanes >= V * WIDE) return put_in_order<T, HALF, false, V, P>(sum, sink);
-            if constexpr (LANES == 16 && !HALF) return put_in_order<T, HALF, true, V, P>(sum, sink);
+            if (sink.lanes >= V * LANES) return put_in_order<T, false, V, P>(sum, sink);
+            if constexpr (LANES == 16) return put_in_order<T, true, V, P>(sum, sink);
         }
     }
 #pragma GCC unroll 32
     for (int p = 0; p < P; p++)
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++) store(sum[p][v], kept[p] + v * WIDE);
+        for (int v = 0; v < V; v++) store(sum[p][v], kept[p] + v * LANES);
     put_lanes<T>(kept[0], P, V * LANES, sink);
 }
 
@@ -390,17 +368,8 @@ constexpr Tile<T> pick(int pixels, std::integer_sequence<int, P...>) {
     return tiles[pixels - 1];
 }
 
-template <typename T, int... P>
-constexpr Tile<T> pick_half(int pixels, std::integer_sequence<int, P...>) {
-    constexpr Tile<T> tiles[] = {tile<T, 1, P + 1, true>...};
-    return tiles[pixels - 1];
-}
-
-// Of this many vectors of rows, the last of which holds `lanes` rows.
 template <typename T>
-Tile<T> tile_for(int vectors, int pixels, int64_t lanes) {
-    if constexpr (LANES == PADDED_TO && std::is_same_v<Read<T>, float>)
-        if (lanes <= LANES / 2) return pick_half<T>(pixels, std::make_integer_sequence<int, ACCUMULATORS>());
+Tile<T> tile_for(int vectors, int pixels) {
     switch (vectors) {
         case 1: return pick<T, 1>(pixels, std::make_integer_sequence<int, ACCUMULATORS / 1>());
         case 2: return pick<T, 2>(pixels, std::make_integer_sequence<int, ACCUMULATORS / 2>());
