@@ -139,12 +139,13 @@ def test_a_vision_transformer_is_rewritten_as_compile_does() -> None:
     agree(y, exact(model, half(model, *mlps), x))
 
 
-def test_formats_are_chosen_as_compile_does() -> None:
+@pytest.mark.parametrize("formats", ["shuffled_block", "unstructured"])
+def test_formats_are_chosen_as_compile_does(formats: str) -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
     mask = torch.zeros(64, 64, dtype=torch.bool)
     mask[:32, :16] = mask[32:, 40:60] = True
     mask[:4] = False
-    same_as_compile(model, {"0.weight": mask}, torch.randn(3, 64), formats="shuffled_block")
+    same_as_compile(model, {"0.weight": mask}, torch.randn(3, 64), formats=formats)
 
 
 def test_the_contest_and_inductor_serve_this_entrance_too() -> None:

@@ -529,7 +529,8 @@ for shape, size, s, p in [((70, 5, 3, 3), (2, 9, 7, 5), 1, 1), ((33, 64, 3, 3), 
                           ((20, 8, 1, 1), (3, 11, 13, 8), 1, 0), ((20, 3, 7, 7), (1, 30, 31, 3), 2, 3),
                           ((20, 16, 3, 3), (9, 3, 1, 16), 1, 1)]:
     for dtype, lanes in itertools.product((torch.float32, torch.bfloat16), LANES):
-        w, x = pack(blocks(shape, 32, 0.4, 0).to(dtype), lanes=lanes), torch.randn(size).to(dtype)
+        weight = blocks(shape, 32 if lanes == "rows" else 3, 0.4, 0).to(dtype)
+        w, x = pack(weight, lanes=lanes), torch.randn(size).to(dtype)
         oh, ow = ((n + 2 * p - k) // s + 1 for n, k in zip(size[1:3], shape[2:]))
         y = torch.zeros(size[0], oh, ow, shape[0], dtype=dtype)
         geometry = (shape[2:], (s, s), (p, p), (1, 1))
