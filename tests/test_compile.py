@@ -924,3 +924,16 @@ def test_a_pruned_weight_that_is_no_layer_s_is_named_and_masks_of_prune_are_in_t
     assert any(d.where == "2.weight" and not d.accepted for d in report.decisions)
     assert report.masks is not None
     assert {"0.weight", "2.weight"} <= set(report.masks)
+
+
+def test_untimed_a_format_that_stores_more_than_the_weight_is_not_chosen() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 4, 1)).eval()
+    for density, stored in ((0.2, "unstructured"), (0.28, "dense")):
+        mask = torch.rand(32, 3, 3, 3, generator=torch.Generator().manual_seed(0)) < density
+        report = fxsparse.plan(model, {"0.weight": mask}, (torch.randn(1, 3, 8, 8),))
+        of_mask = [d for d in report.decisions if d.step == "choose_formats" and d.where == "0.weight"]
+        assert all(d.data["packed"].nse < mask.numel() for d in of_mask if d.accepted)
+        row = report.rows[0]
+        assert row.stored == stored
+        assert bool(row.dense_for) == (stored == "dense")
+        assert report.macs_after <= report.macs_before

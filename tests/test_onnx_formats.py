@@ -13,9 +13,10 @@ from fxsparse.deploy import standard
 from fxsparse.deploy.gathers import merge_gathers
 from fxsparse.errors import TargetError
 from fxsparse.formats import shuffled_block_aten as expanded
-from fxsparse.formats.shuffled_block import ARRAYS, LANES, pack, unpack
+from fxsparse.formats.shuffled_block import ARRAYS, pack, unpack
 from fxsparse.formats.shuffled_block_op import shuffled_block
 from fxsparse.ir.graph import clone, refresh
+from fxsparse.kernels.shared import LANES
 
 
 @pytest.fixture(autouse=True)

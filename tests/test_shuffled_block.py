@@ -20,11 +20,12 @@ from torch import Tensor, fx, nn
 from fxsparse.errors import InputError, TargetError
 from fxsparse.formats import FORMATS
 from fxsparse.formats.grouping import cost, group_rows
-from fxsparse.formats.shuffled_block import ARRAYS, LANES, ShuffledBlock, pack, split, unpack
+from fxsparse.formats.shuffled_block import ARRAYS, ShuffledBlock, pack, split, unpack
 from fxsparse.formats.shuffled_block_layer import fold, unfold
 from fxsparse.formats.shuffled_block_op import multiply, reference, shuffled_block, shuffled_block_into
 from fxsparse.kernels import build
 from fxsparse.kernels.cpu import shuffled_block as kernel
+from fxsparse.kernels.shared import LANES
 
 ACTIVATIONS = ("none", "relu", "relu6", "silu", "gelu", "hardswish")
 # what another order of summation may add to the dense operator's own error: both are maxima of something random
@@ -524,7 +525,8 @@ SANITIZED = """
 import itertools, torch
 from fxsparse.kernels.cpu.shuffled_block import run
 from tests.test_shuffled_block import blocks
-from fxsparse.formats.shuffled_block import LANES, pack
+from fxsparse.formats.shuffled_block import pack
+from fxsparse.kernels.shared import LANES
 for shape, size, s, p in [((70, 5, 3, 3), (2, 9, 7, 5), 1, 1), ((33, 64, 3, 3), (1, 40, 57, 64), 2, 1),
                           ((20, 8, 1, 1), (3, 11, 13, 8), 1, 0), ((20, 3, 7, 7), (1, 30, 31, 3), 2, 3),
                           ((20, 16, 3, 3), (9, 3, 1, 16), 1, 1)]:

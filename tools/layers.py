@@ -33,9 +33,10 @@ from fxsparse.coarsen import n_m
 from fxsparse.formats.n_m import pack as pack_n_m
 from fxsparse.formats.n_m_op import multiply as multiply_n_m
 from fxsparse.formats.n_m_op import n_m_into
-from fxsparse.formats.shuffled_block import LANES, pack
+from fxsparse.formats.shuffled_block import pack
 from fxsparse.formats.shuffled_block_layer import fold
 from fxsparse.formats.shuffled_block_op import as_run, multiply, shuffled_block_into
+from fxsparse.kernels.shared import LANES
 from fxsparse.measure import Runs, cpu_name, interleave
 from tools.bench import ROWS, git, load_rows
 from tools.block_recipes import block_mask

@@ -33,8 +33,8 @@ from torch import Tensor
 
 from fxsparse.errors import InputError
 from fxsparse.formats.grouping import COSTS, WIDTH, group_rows
+from fxsparse.kernels.shared import LANES
 
-LANES = ("rows", "pixels")  # in the order of `enum Lanes` in kernels/cpu/shuffled_block.h
 ARRAYS = ("values", "value_ptr", "columns", "column_ptr", "rows", "row_ptr")  # in the order the operator takes them
 
 

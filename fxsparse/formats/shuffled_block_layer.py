@@ -15,8 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fxsparse.formats.shuffled_block import LANES
-from fxsparse.kernels.shared import ACTIVATIONS
+from fxsparse.kernels.shared import ACTIVATIONS, LANES
 
 NUMBERS = 22  # in struct Layer
 _NAMES = tuple(ACTIVATIONS)

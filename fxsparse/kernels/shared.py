@@ -18,6 +18,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+LANES = ("rows", "pixels")  # what vector lanes hold, in the order of `enum Lanes` in cpu/shuffled_block.h
+
+
 def epilogue(y: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str) -> Tensor:
     """act(y + bias + residual), in PyTorch's own operators."""
     for term in (bias, residual):

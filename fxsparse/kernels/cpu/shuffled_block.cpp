@@ -373,25 +373,15 @@ struct Convolution {
     }
 };
 
-template <typename T>
-void run(const Problem* q, const void* x, void* y, const Read<T>* values, const int64_t* value_ptr,
+// KERNEL: Convolution, or pixels::Convolution.
+template <template <typename> class KERNEL, typename T, typename VALUE>
+void run(const Problem* q, const void* x, void* y, const VALUE* values, const int64_t* value_ptr,
          const int32_t* columns, const int32_t* column_ptr, const int32_t* rows, const int32_t* row_ptr,
          const void* bias, const void* residual) {
-    Convolution<T> convolution{*q,    static_cast<const T*>(x),    static_cast<T*>(y),
-                               values, value_ptr,                   columns,
-                               column_ptr, rows,                    row_ptr,
-                               static_cast<const T*>(bias), static_cast<const T*>(residual)};
-    convolution.run();
-}
-
-template <typename T>
-void run_pixels(const Problem* q, const void* x, void* y, const float* values, const int64_t* value_ptr,
-                const int32_t* columns, const int32_t* column_ptr, const int32_t* rows, const int32_t* row_ptr,
-                const void* bias, const void* residual) {
-    pixels::Convolution<T> convolution{*q,     static_cast<const T*>(x),    static_cast<T*>(y),
-                                       values, value_ptr,                   columns,
-                                       column_ptr, rows,                    row_ptr,
-                                       static_cast<const T*>(bias), static_cast<const T*>(residual)};
+    KERNEL<T> convolution{*q,    static_cast<const T*>(x),    static_cast<T*>(y),
+                          values, value_ptr,                   columns,
+                          column_ptr, rows,                    row_ptr,
+                          static_cast<const T*>(bias), static_cast<const T*>(residual)};
     convolution.run();
 }
 
@@ -414,7 +404,7 @@ extern "C" {
 void fxsparse_shuffled_block_f32(const Problem* q, const void* x, void* y, const float* values,
                                  const int64_t* value_ptr, const int32_t* columns, const int32_t* column_ptr,
                                  const int32_t* rows, const int32_t* row_ptr, const void* bias, const void* residual) {
-    const auto kernel = q->lanes == shuffled_block::PIXELS_IN_LANES ? run_pixels<float> : run<float>;
+    const auto kernel = q->lanes == shuffled_block::PIXELS_IN_LANES ? run<pixels::Convolution, float, float> : run<Convolution, float, float>;
     kernel(q, x, y, values, value_ptr, columns, column_ptr, rows, row_ptr, bias, residual);
 }
 
@@ -424,13 +414,14 @@ void fxsparse_shuffled_block_bf16(const Problem* q, const void* x, void* y, cons
     if (q->lanes == shuffled_block::PIXELS_IN_LANES) {
         std::vector<float> wide(value_ptr[q->groups]);
         for (size_t i = 0; i < wide.size(); i++) wide[i] = widen(values[i]);
-        return run_pixels<BFloat16>(q, x, y, wide.data(), value_ptr, columns, column_ptr, rows, row_ptr, bias, residual);
+        return run<pixels::Convolution, BFloat16>(q, x, y, wide.data(), value_ptr, columns, column_ptr, rows, row_ptr, bias,
+                                                  residual);
     }
 #if defined(__AVX512BF16__)
-    run<BFloat16>(q, x, y, values, value_ptr, columns, column_ptr, rows, row_ptr, bias, residual);
+    run<Convolution, BFloat16>(q, x, y, values, value_ptr, columns, column_ptr, rows, row_ptr, bias, residual);
 #else
     const std::vector<float> wide = apart(values, value_ptr, row_ptr, q->groups);
-    run<BFloat16>(q, x, y, wide.data(), value_ptr, columns, column_ptr, rows, row_ptr, bias, residual);
+    run<Convolution, BFloat16>(q, x, y, wide.data(), value_ptr, columns, column_ptr, rows, row_ptr, bias, residual);
 #endif
 }
 }

@@ -16,7 +16,7 @@ struct Problem {
     int64_t lanes;  // enum Lanes
 };
 
-enum Lanes { ROWS_IN_LANES, PIXELS_IN_LANES };  // the order is that of LANES in formats/shuffled_block.py
+enum Lanes { ROWS_IN_LANES, PIXELS_IN_LANES };  // the order is that of LANES in kernels/shared.py
 constexpr int64_t LEAST_PIXELS = 64;            // with pixels in lanes, laid out at once if there are as many
 
 // What stays the same from call to call, at the beginning of a tensor of int64: fxsparse/formats/shuffled_block_layer.py

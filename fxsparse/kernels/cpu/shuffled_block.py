@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fxsparse.kernels import build
 from fxsparse.kernels.build import function, int64s
-from fxsparse.kernels.shared import ACTIVATIONS
+from fxsparse.kernels.shared import ACTIVATIONS, LANES
 
 _NUMBER = {name: i for i, name in enumerate(ACTIVATIONS)}
 _NAMES = {torch.float32: "fxsparse_shuffled_block_f32", torch.bfloat16: "fxsparse_shuffled_block_bf16"}
@@ -37,7 +37,7 @@ def run(
     kernel, stride, padding, dilation = geometry
     sizes = (
         *x.shape, *y.shape[1:], *kernel, *stride, *padding, *dilation, row_ptr.shape[0] - 1,
-        _NUMBER[activation], torch.get_num_threads(), int(lanes == "pixels"),
+        _NUMBER[activation], torch.get_num_threads(), LANES.index(lanes),
     )  # fmt: skip
     function("shuffled_block", _NAMES[x.dtype], 11, isa)(
         int64s(sizes), x.data_ptr(), y.data_ptr(), values.data_ptr(), value_ptr.data_ptr(), columns.data_ptr(),
