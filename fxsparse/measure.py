@@ -22,9 +22,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from fxsparse.backend.cuda_graph import CudaGraph
 from fxsparse.backend.memory import Memory
 from fxsparse.backend.onednn import onednn_convolution, onednn_linear
-from fxsparse.formats.n_m import NM
+from fxsparse.formats import semi_structured, shuffled_block_gpu
+from fxsparse.formats.n_m import NM, unpack
 from fxsparse.formats.n_m_op import n_m_into
 from fxsparse.formats.shuffled_block import ShuffledBlock
 from fxsparse.formats.shuffled_block_layer import fold
@@ -33,6 +35,7 @@ from fxsparse.ir.files import replacing
 from fxsparse.ir.graph import arg, aten
 from fxsparse.ir.symbols import concrete
 from fxsparse.kernels.build import digest
+from fxsparse.kernels.triton import digest as triton_digest
 
 ROUNDS = (6, 60)  # at least, at most
 QUALIFYING_ROUNDS = (1, 3)
@@ -41,6 +44,7 @@ SLOW_MS = 250.0  # a run that long streams more than any cache holds: running it
 CLOSE = 1.15  # a rival that far behind the fastest rival after the first rounds is not timed further
 NEAR_TIE = 1.1  # a ratio of times that is nearer to 1 is measured longer,
 AGAIN = (6, 600)  # for so many rounds
+IN_A_GRAPH = 20  # runs of a layer on a GPU that are timed at once
 SECONDS = 6.0  # stop after this long once the least number of rounds is done
 
 
@@ -135,7 +139,8 @@ class LayerTimes:
     """Seconds of one convolution or linear layer at any widths, remembered on disk.
 
     The file is keyed by machine, torch version and threads, written whole under a temporary name and then renamed; one
-    that cannot be read is started anew. On a CPU the layer runs as Inductor would run it: oneDNN with packed weights.
+    that cannot be read is started anew. On a CPU the layer runs as Inductor would run it: oneDNN with packed weights;
+    on a GPU inside a CUDA graph, channels last.
     """
 
     def __init__(
@@ -189,7 +194,15 @@ class _Case:
     """What is timed: `make` gives the call, and is only needed when `key` was never timed before."""
 
     key: tuple[Any, ...]
-    make: Callable[[], Callable[[], object]]
+    make: Callable[[], Build]
+    repeats: int = 1  # that one call stands for
+
+    @classmethod
+    def on(cls, device: torch.device, key: tuple[Any, ...], make: Callable[[], Build]) -> _Case:
+        """On a GPU several runs in a CUDA graph: to launch a kernel takes longer than a small layer runs."""
+        if device.type != "cuda":
+            return cls(key, make)
+        return cls(key, lambda: CudaGraph(functools.partial(_again, make()), (), device), IN_A_GRAPH)
 
     def measure_s(self) -> float:
         """The fastest of some runs: one layer is short, and what disturbs it only ever adds."""
@@ -198,7 +211,7 @@ class _Case:
         run()
         stop = time.perf_counter() + 0.02
         while len(times) < 5 or (time.perf_counter() < stop and len(times) < 50):
-            times.append(_time_ms(run) * 1e-3)
+            times.append(_time_ms(run) * 1e-3 / self.repeats)
         return min(times)
 
     @staticmethod
@@ -208,7 +221,7 @@ class _Case:
         if node.target is aten.linear.default:
             shape[-1] = columns
             key = ("linear or onednn", tuple(shape), rows, *_kind(weight))
-            return _Case(key, lambda: _linear(_ones(shape, weight), _ones([rows, columns], weight)))
+            return _Case.on(weight.device, key, lambda: _linear(_ones(shape, weight), _ones([rows, columns], weight)))
         return _convolution(node, shape, weight, rows, columns)
 
 
@@ -227,8 +240,10 @@ def _n_m_case(packed: NM, node: fx.Node, batch: int, summed: bool) -> _Case:
     val = cast(fx.Node, node.args[0]).meta["val"]
     shape = [*concrete(cast(fx.Node, node.args[0]), batch)[:-1], packed.shape[1]]
     key = ("n_m", digest("n_m"), tuple(shape), packed.shape, packed.n, packed.m, *_kind(val))
+    if val.is_cuda:
+        return _Case.on(val.device, key, lambda: semi_structured.run(_ones(shape, val), unpack(packed)))
 
-    def make() -> Callable[[], object]:
+    def make() -> Build:
         x, out = _ones(shape, val), _ones([*shape[:-1], packed.shape[0]], val)
         arguments = (x, packed.values, packed.codes, None, *packed.shape, packed.n, packed.m)
         kept = Memory()
@@ -246,13 +261,15 @@ def _shuffled_block_case(packed: ShuffledBlock, node: fx.Node, batch: int, summe
         geometry = {n: pair(arg(node, n)) for n in ("stride", "padding", "dilation")}
         shape = [shape[i] for i in (0, 2, 3, 1)]
     shape[-1] = packed.shape[1]  # before the cut a layer is timed with the columns that will be left
-    packed = as_run(packed)
+    packed = packed if val.is_cuda else as_run(packed)
     indices = packed.row_ptr.numpy().tobytes() + packed.columns.numpy().tobytes()
     blocks = hashlib.sha256(indices + packed.lanes.encode()).hexdigest()[:16]
-    source = digest("shuffled_block")
+    source = triton_digest() if val.is_cuda else digest("shuffled_block")
     key = ("shuffled_block", source, tuple(shape), packed.shape, str(geometry), summed, blocks, *_kind(val))
+    if val.is_cuda:
+        return _Case.on(val.device, key, lambda: shuffled_block_gpu.run(packed, _ones(shape, val), geometry))
 
-    def make() -> Callable[[], object]:
+    def make() -> Build:
         x = _ones(shape, val)
         in_order = dataclasses.replace(packed, rows=torch.arange(len(packed.rows), dtype=torch.int32, device="cpu"))
         windows = [list(geometry.get(n, p)) for n, p in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1)))]
@@ -271,7 +288,15 @@ def _kind(x: Tensor) -> tuple[str, str]:
 
 
 def _ones(shape: Sequence[int], like: Tensor) -> Tensor:
-    return torch.ones(list(shape), dtype=like.dtype, device=like.device)
+    """Noise on a GPU: the less bits change, the faster it runs."""
+    make = torch.randn if like.is_cuda else torch.ones
+    return make(list(shape), dtype=like.dtype, device=like.device)
+
+
+def _again(run: Build) -> Sequence[Any]:
+    for _ in range(IN_A_GRAPH):
+        run()
+    return ()
 
 
 def _linear(x: Tensor, w: Tensor) -> Callable[[], object]:
@@ -290,11 +315,13 @@ def _convolution(node: fx.Node, shape: list[int], weight: Tensor, rows: int, col
     settings = [arg(node, name) for name in ("stride", "padding", "dilation")]
     key = ("conv", tuple(shape), rows, tuple(taps), str(settings), groups, *_kind(weight))
 
-    def make() -> Callable[[], object]:
+    def make() -> Build:
         x, w = _ones(shape, weight), _ones([rows, columns, *taps], weight)
+        if w.is_cuda and w.dim() == 4:  # as Inductor lays images out there
+            x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
         return onednn_convolution(x, w, settings, groups) or _eager(node, x, w, settings, groups)
 
-    return _Case(key, make)
+    return _Case.on(weight.device, key, make)
 
 
 def _eager(node: fx.Node, x: Tensor, w: Tensor, settings: list[Any], groups: int) -> Callable[[], object]:

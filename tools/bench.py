@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--side", type=int, default=0, help="image side; 0: 32 for CIFAR models, else 224")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float64"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16", "float64"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--target", default="inductor")
     parser.add_argument("--seconds", type=float, default=12.0, help="timing budget of one case")

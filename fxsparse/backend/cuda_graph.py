@@ -2,15 +2,14 @@
 
 Inductor's own graphs (mode="reduce-overhead") are not used: their results lie in memory that the next call overwrites,
 and they can be called only in threads that torch started. Source: "CUDA Graphs" in torch's notes on CUDA semantics.
-
-Tested on a recording fake. Not run on a GPU yet.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ class CudaGraph:
     def __init__(self, run: Runnable, inputs: Sequence[Any], device: torch.device) -> None:
         self._run, self._device, self._lock = run, device, threading.Lock()
         self._inputs = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
-        with torch.no_grad(), torch.cuda.device(device):
+        with torch.no_grad(), torch.cuda.device(device), _cudnn_tries():
             self._warm_up()
             self._graph, self._done = torch.cuda.CUDAGraph(), torch.cuda.Event()
             # Another thread may allocate meanwhile; only what this one does belongs to the graph.
@@ -60,6 +59,16 @@ class CudaGraph:
             results = [y.clone() if isinstance(y, Tensor) else y for y in self._outputs]
             self._done.record()
         return results
+
+
+@contextlib.contextmanager
+def _cudnn_tries() -> Iterator[None]:
+    """Inside, cuDNN times its algorithms for every new convolution: the graph keeps the fastest for good."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def captured(run: Runnable, inputs: Sequence[Any]) -> Runnable:

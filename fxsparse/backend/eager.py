@@ -10,7 +10,9 @@ from torch import fx
 
 from fxsparse.backend.cuda_graph import captured
 from fxsparse.backend.target import Runnable, Target
-from fxsparse.ir.graph import flat
+from fxsparse.formats import KERNELS
+from fxsparse.formats.shuffled_block_gpu import for_gpu
+from fxsparse.ir.graph import flat, on_gpu
 from fxsparse.kernels.build import compiler
 
 
@@ -21,10 +23,10 @@ class Eager(Target):
     reads_shapes = False
 
     def formats(self, device: torch.device) -> tuple[str, ...]:
-        return ("shuffled_block", "unstructured", "n_m") if device.type == "cpu" and compiler() else ()
+        return KERNELS.get(device.type, ()) if device.type != "cpu" or compiler() else ()
 
     def lower(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Runnable:
         return captured(self.lower_dynamic(gm), inputs)
 
     def lower_dynamic(self, gm: fx.GraphModule) -> Runnable:
-        return cast(Runnable, flat(gm))
+        return cast(Runnable, for_gpu(flat(gm)) if on_gpu(gm) else flat(gm))

@@ -23,8 +23,9 @@ from fxsparse.backend.memory import give_memory
 from fxsparse.backend.onednn import faster_products
 from fxsparse.backend.target import Runnable, Target
 from fxsparse.errors import TargetError
-from fxsparse.formats import BY_OPERATOR
-from fxsparse.ir.graph import arg, aten, fake_mode, flat, is_ours
+from fxsparse.formats import BY_OPERATOR, KERNELS
+from fxsparse.formats.shuffled_block_gpu import for_gpu
+from fxsparse.ir.graph import arg, aten, fake_mode, flat, is_ours, on_gpu
 from fxsparse.kernels.build import compiler, compilers
 
 
@@ -43,7 +44,7 @@ class Inductor(Target):
             )
 
     def formats(self, device: torch.device) -> tuple[str, ...]:
-        return ("shuffled_block", "unstructured", "n_m") if device.type == "cpu" else ()
+        return KERNELS.get(device.type, ())
 
     def options(self, gm: fx.GraphModule) -> dict[str, Any]:
         """Inductor's settings for `gm`, at any shape."""
@@ -52,7 +53,7 @@ class Inductor(Target):
     def lower(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Runnable:
         import torch._inductor
 
-        module = with_memory(flat(gm))
+        module = lowered(gm)
         for node in module.graph.nodes:  # symbolic shapes of the capture mean nothing to this trace
             node.meta.pop("val", None)
         with torch.no_grad(), _generated(), faster_products():
@@ -62,7 +63,7 @@ class Inductor(Target):
     def lower_dynamic(self, gm: fx.GraphModule) -> Runnable:
         import torch._inductor
 
-        module = with_memory(flat(gm))
+        module = lowered(gm)
         fake = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
         patches, mode = {"config_patches": self.options(gm)}, fake_mode(module)
         before = len(mode.shape_env.guards)
@@ -105,6 +106,11 @@ def _no_word_of_saving() -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
+
+
+def lowered(gm: fx.GraphModule) -> fx.GraphModule:
+    """A flat clone with our operators as they run best where `gm` is."""
+    return for_gpu(flat(gm)) if on_gpu(gm) else with_memory(flat(gm))
 
 
 def with_memory(gm: fx.GraphModule) -> fx.GraphModule:
@@ -188,5 +194,8 @@ def options(gm: fx.GraphModule) -> dict[str, Any]:
 
 
 def _tuned(gm: fx.GraphModule) -> dict[str, Any]:
-    """More for a single shape: on a GPU every product is tried in Triton's templates and in the libraries."""
-    return {"max_autotune": True} if any(b.is_cuda for b in gm.buffers()) else {}
+    """More for a single shape: on a GPU every product is tried in Triton's templates and in the libraries.
+
+    Convolutions are not: each took 6 to 12 s on an H200, a ResNet-18 minutes. cuDNN tries its own, see `cuda_graph`.
+    """
+    return {"max_autotune_gemm": True} if on_gpu(gm) else {}

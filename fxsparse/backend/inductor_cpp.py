@@ -12,6 +12,7 @@ from torch import fx
 
 from fxsparse.analysis.reasons import is_layer
 from fxsparse.backend.inductor import Inductor
+from fxsparse.ir.graph import on_gpu
 
 CALL_US = 30.0  # what calling a dense layer's kernel costs in Python and not in C++; our operators gain next to nothing
 WORTH = 0.03  # the part of the time that is worth a longer compilation
@@ -27,8 +28,7 @@ class InductorCpp(Inductor):
 
     def worthwhile(self, gm: fx.GraphModule, ms: float) -> bool:
         calls = sum(n.op == "call_function" and is_layer(n) for n in gm.graph.nodes)
-        on_gpu = any(b.is_cuda for b in gm.buffers())
-        return not on_gpu and calls >= FEWEST_CALLS and calls * CALL_US / 1e3 >= WORTH * ms
+        return not on_gpu(gm) and calls >= FEWEST_CALLS and calls * CALL_US / 1e3 >= WORTH * ms
 
     def options(self, gm: fx.GraphModule) -> dict[str, Any]:
         return super().options(gm) | {"cpp_wrapper": True}

@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from fxsparse.deploy.standard import StandardGraph, standard
 from fxsparse.errors import TargetError, first_line
 from fxsparse.ir.files import replacing
+from fxsparse.ir.inputs import CUDNN_BATCH
 
 OPSET = 20  # every TensorRT from 10.0 on reads it
 BFLOAT16_OPSET = 22  # convolution and pooling have no bfloat16 before
@@ -178,7 +179,7 @@ def _types(proto: Any) -> dict[str, str]:
 def _examples(gm: fx.GraphModule) -> tuple[tuple[Tensor, ...], Any]:
     """Inputs to trace with and their dynamic dimensions, from the fake shapes; batch 2, as 0 and 1 are special."""
     vals = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
-    batch = torch.export.Dim("batch", min=1)
+    batch = torch.export.Dim("batch", min=1, max=CUDNN_BATCH if any(v.is_cuda for v in vals) else None)
     free = [[d for d, size in enumerate(v.shape) if not isinstance(size, int)] for v in vals]
     examples = tuple(
         torch.zeros([size if isinstance(size, int) else 2 for size in v.shape], dtype=v.dtype, device=v.device)

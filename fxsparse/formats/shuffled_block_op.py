@@ -5,7 +5,8 @@
 
 `shape` is the weight's, [O, I, kH, kW] or [O, I]. x is [N, H, W, I] and the result [N, OH, OW, O]; with a 1x1 kernel,
 stride 1 and no padding x may be [..., I]. On a CPU x and values both in float32, or both in bfloat16, run the C++
-kernel, on CUDA values in float32 the Triton kernel; all else unpacks the weight and runs dense. It has no gradient.
+kernel, on CUDA x and values both in float32 or float16 the Triton kernel; all else unpacks the weight and runs dense.
+It has no gradient. Targets for GPUs replace it in linear layers: `shuffled_block_gpu`.
 The six arrays, and `lanes`, are trusted, `ShuffledBlock` checked them; all else is checked here. `ShuffledBlockFormat`
 puts it into a graph:
 
@@ -151,15 +152,16 @@ def _planes(y: Tensor, shape: Sequence[int], stride: Pair, dilation: Pair) -> in
 
 
 def _cuda(x: Tensor, *arguments: Any) -> Tensor:
-    """The Triton kernel. Not run on a GPU yet: see fxsparse.kernels.triton."""
+    """The Triton kernel, which takes no pairs."""
     (values, value_ptr, columns, column_ptr, rows, row_ptr), bias, residual = arguments[:6], arguments[6], arguments[7]
     shape, stride, padding, dilation, activation, lanes = arguments[8:]
-    if x.dtype not in TRITON_DTYPES or values.dtype == torch.bfloat16 or not x.numel() or lanes != "rows":
+    has_kernel = values.dtype == x.dtype in TRITON_DTYPES and x.dtype != torch.bfloat16
+    if not has_kernel or not x.numel() or lanes != "rows":
         return reference(x, *arguments)
     _check_epilogue(x, _output_shape(x, shape, stride, padding, dilation), bias, residual, activation)
     x = x.contiguous()
     residual = None if residual is None else residual.contiguous()
-    packed = (rows, row_ptr, columns, column_ptr, values.to(x.dtype), value_ptr)
+    packed = (rows, row_ptr, columns, column_ptr, values, value_ptr)
     if pointwise(shape[2:], stride, padding):
         return shuffled_block_linear(x, *packed, bias, residual, activation, out_features=shape[0])
     pairs = {"kernel": shape[2:], "stride": stride, "padding": padding, "dilation": dilation}
@@ -189,17 +191,23 @@ LIBRARY.impl("shuffled_block", _cuda, "CUDA")
 
 
 class ShuffledBlockFormat(Format):
-    """conv2d without groups, and linear, in float32 and bfloat16."""
+    """conv2d without groups, and linear, in float32 and bfloat16; on CUDA linear in float16 too, conv2d in float32."""
 
     name = "shuffled_block"
     layers = (aten.conv2d.default, aten.linear.default)
     operator = shuffled_block
 
     def why_not(self, node: fx.Node, weight: Tensor) -> str:
-        why = self._no_rows(node, weight)
-        if not why and weight.dtype not in KERNEL_DTYPES:
+        if why := self._no_rows(node, weight):
+            return why
+        if weight.dtype not in (TRITON_DTYPES if weight.is_cuda else KERNEL_DTYPES):
             return f"the kernel has no {str(weight.dtype).removeprefix('torch.')}"
-        return why
+        if weight.is_cuda and weight.dim() == 4 and weight.dtype != torch.float32:
+            return "in 16 bits cuDNN's convolution is several times faster than a GPU's gathers"
+        return ""
+
+    def why_not_untimed(self, node: fx.Node) -> str:
+        return "on a GPU only a timing can tell" if node.meta["val"].is_cuda else ""
 
     def why_not_standard(self, node: fx.Node, weight: Tensor) -> str:
         return self._no_rows(node, weight)
@@ -230,10 +238,7 @@ class ShuffledBlockFormat(Format):
         is_conv = node.target is aten.conv2d.default
         weight = node.args[1]
         assert isinstance(weight, fx.Node)
-        if weight.meta["val"].device.type == "cuda":  # the Triton kernel takes no pairs
-            packed = pack(unpack(packed).float(), packed.row_groups)
-        else:
-            packed = as_run(packed)
+        packed = packed if weight.meta["val"].is_cuda else as_run(packed)
         tensors = [_stored(gm, node, weight, name, packed) for name in ARRAYS]
         names = ("stride", "padding", "dilation")
         geometry = [pair(arg(node, n)) for n in names] if is_conv else [[1, 1], [0, 0], [1, 1]]
@@ -259,8 +264,14 @@ class ShuffledBlockFormat(Format):
     def check_call(self, arguments: Sequence[Any]) -> None:
         arrays, shape, pairs, activation, lanes = arguments[1:7], arguments[9], arguments[10:13], *arguments[13:]
         kinds = [getattr(a, "dtype", None) for a in arrays]
-        if kinds[0] not in KERNEL_DTYPES or kinds[1:] != _INDEX_DTYPES or any(a.dim() != 1 for a in arrays):
-            raise _misfit("a stored array", f"flat arrays of float32 or bfloat16 and {_INDEX_DTYPES}", str(kinds))
+        if (
+            kinds[0] not in (*KERNEL_DTYPES, torch.float16)
+            or kinds[1:] != _INDEX_DTYPES
+            or any(a.dim() != 1 for a in arrays)
+        ):
+            raise _misfit(
+                "a stored array", f"flat arrays of float32, bfloat16 or float16 and {_INDEX_DTYPES}", str(kinds)
+            )
         lowest = zip(pairs, (1, 0, 1), strict=True)  # stride, padding, dilation
         if len(shape) not in (2, 4) or min(shape) < 1 or any(len(p) != 2 or min(p) < low for p, low in lowest):
             raise _misfit("the geometry", "a weight of two or four dimensions and pairs of sizes", f"{shape}, {pairs}")

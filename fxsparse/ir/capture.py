@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from fxsparse.errors import CaptureError, InputError, first_line
 from fxsparse.ir.graph import arg, aten, clone, get_tensor, has_attribute, operator_name, owner, set_tensor
-from fxsparse.ir.inputs import Call, with_symbolic_batch
+from fxsparse.ir.inputs import Call, exported
 from fxsparse.ir.masks import Masks
 
 
@@ -103,17 +103,14 @@ def _evaluate(model: nn.Module) -> None:
 
 
 def _export(model: nn.Module, call: Call, dynamic_batch: bool) -> torch.export.ExportedProgram:
-    shapes, given = None, call
-    if dynamic_batch:
-        call, shapes = with_symbolic_batch(call)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The tensor attributes? self", UserWarning)  # `_untouched` restores them
-            program = torch.export.export(model, call.args, dict(call.kwargs), dynamic_shapes=shapes, strict=False)
+            program = exported(model, call, dynamic_batch=dynamic_batch)
             flat: torch.export.ExportedProgram = program.run_decompositions({})
             return flat
     except Exception as error:  # noqa: BLE001 - whatever torch.export raises becomes our error, with its text
-        raise _explain(model, given, error, dynamic_batch) from None
+        raise _explain(model, call, error, dynamic_batch) from None
 
 
 def _explain(model: nn.Module, call: Call, error: Exception, dynamic_batch: bool) -> Exception:

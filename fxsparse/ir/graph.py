@@ -63,6 +63,11 @@ def input_devices(gm: fx.GraphModule) -> set[torch.device]:
     return {value.device for value in values if isinstance(value, Tensor)}
 
 
+def on_gpu(gm: fx.GraphModule) -> bool:
+    """Whether any weight is on a CUDA device."""
+    return any(b.is_cuda for b in gm.buffers())
+
+
 def weight_of(gm: fx.GraphModule, node: object) -> Tensor | None:
     """The tensor of a get_attr node; None for any other node or value."""
     return get_tensor(gm, str(node.target)) if isinstance(node, fx.Node) and node.op == "get_attr" else None

@@ -12,6 +12,9 @@ from torch.utils import _pytree as pytree
 
 from fxsparse.errors import InputError
 
+# On CUDA torch compares the batch of a batch norm with this, to choose between cuDNN's and its own, which compute the
+# same. torch.export takes that for a limit of the model's, and refuses sizes without one.
+CUDNN_BATCH = 65535
 Prepare = Callable[[Sequence[Any]], Sequence[Any]]
 
 
@@ -72,14 +75,26 @@ def _is_default(signature: inspect.Signature, name: int | str, value: Any) -> bo
     return plain and same_constant(value, default)
 
 
-def with_symbolic_batch(call: Call) -> tuple[Call, torch.export.ShapesCollection]:
-    """For torch.export, which takes a size of 1 in the example for a constant: two samples, and what is the batch."""
+def exported(model: nn.Module, call: Call, *, dynamic_batch: bool) -> torch.export.ExportedProgram:
+    """What torch.export makes of `model`, for this call or for any batch size. Its errors pass through."""
+    if not dynamic_batch:
+        return torch.export.export(model, call.args, dict(call.kwargs), strict=False)
+    try:
+        return _any_batch(model, call, None)
+    except torch._dynamo.exc.UserError as error:
+        if f"max={CUDNN_BATCH})" not in str(error):
+            raise
+        return _any_batch(model, call, CUDNN_BATCH)
+
+
+def _any_batch(model: nn.Module, call: Call, largest: int | None) -> torch.export.ExportedProgram:
+    """torch.export takes a size of 1 in the example for a constant: it gets two samples, and is told the batch."""
     call = pytree.tree_map(_two_or_more, call)
-    batch, shapes = torch.export.Dim("batch", min=1), torch.export.ShapesCollection()
+    batch, shapes = torch.export.Dim("batch", min=1, max=largest), torch.export.ShapesCollection()
     for x in pytree.tree_leaves(call):  # by tensor, whatever the signature (*args, dicts)
         if isinstance(x, Tensor) and x.dim():
             shapes[x] = {0: batch}
-    return call, shapes
+    return torch.export.export(model, call.args, dict(call.kwargs), dynamic_shapes=shapes, strict=False)
 
 
 def _two_or_more(x: Any) -> Any:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx
 
 from fxsparse.backend.inductor import options, with_memory
-from fxsparse.errors import InputError, PackageError
+from fxsparse.errors import InputError, PackageError, TargetError
 from fxsparse.ir.files import as_path, replacing
-from fxsparse.ir.graph import clone
-from fxsparse.ir.inputs import Call, with_symbolic_batch
+from fxsparse.ir.graph import clone, is_ours, on_gpu
+from fxsparse.ir.inputs import Call, exported
 
 
 def check_suffix(path: str | os.PathLike[str], where: str) -> None:
@@ -36,19 +36,20 @@ def compile_aoti(
 ) -> None:
     """Compile `gm` into the package `path`, whole or not at all. An OSError passes through.
 
+    Raises TargetError for operators of ours on a GPU, whose kernels Python calls.
+
     dynamic_batch  for any size of dimension 0, and not only the one of `call`
     """
     import torch._inductor
 
-    shapes = None
-    if dynamic_batch:
-        call, shapes = with_symbolic_batch(call)
+    if on_gpu(gm) and (ours := next((n for n in gm.graph.nodes if is_ours(n)), None)):
+        raise TargetError("AOTInductor package for a GPU", expected="operators that run without Python",
+                          got=f"{ours.target}, whose kernel is called from it",
+                          do="Compile with formats='dense' for it, or use module.save(path).")  # fmt: skip
     # compiled in a folder of its own: the archive's folder gets the file's name
     with torch.no_grad(), replacing(path) as name, tempfile.TemporaryDirectory() as folder:
         name.touch()  # found out before the minutes of work rather than after
-        program = torch.export.export(
-            with_memory(clone(gm)), call.args, dict(call.kwargs), dynamic_shapes=shapes, strict=False
-        )
+        program = exported(with_memory(clone(gm)), call, dynamic_batch=dynamic_batch)
         configs = {**options(gm), "aot_inductor.metadata": metadata or {}}
         made = str(Path(folder) / "model.pt2")
         shutil.copyfile(

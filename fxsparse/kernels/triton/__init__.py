@@ -5,6 +5,10 @@ Status: run in Triton's interpreter and compiled for sm_80 and sm_90; NOT run on
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import importlib
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -35,6 +39,13 @@ class Tiles(NamedTuple):
     stages: int = 3
 
 
+@functools.cache
+def digest() -> str:
+    """Of the kernels' source: a remembered time holds for this text only."""
+    text = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+    return hashlib.sha256(text).hexdigest()[:16]
+
+
 def shuffled_block_conv2d(
     x: Tensor, rows: Tensor, row_ptr: Tensor, columns: Tensor, column_ptr: Tensor, values: Tensor, value_ptr: Tensor,
     bias: Tensor | None = None, residual: Tensor | None = None, activation: str = "none", *,
@@ -63,10 +74,10 @@ def shuffled_block_conv2d(
     Raises InputError for an argument that does not fit, TargetError without Triton or a device.
     """
     packed = (rows, row_ptr, columns, column_ptr, values, value_ptr)
-    _check_packed(x, packed)
+    _check_packed(x, packed, "[N, H, W, I]")
     shape = _output_shape(x, kernel, stride, padding, dilation, out_channels)
     _check_epilogue(x, bias, residual, activation, shape)
-    kernels = _load(x)
+    kernels = _load("shuffled_block", x)
     if 0 in shape:
         return x.new_empty(shape)
     if rows.numel() < out_channels:
@@ -98,25 +109,46 @@ def shuffled_block_linear(
     return y.reshape(*x.shape[:-1], out_features)
 
 
-def _load(x: Tensor) -> Any:
-    """The module with the kernels. Raises TargetError when Triton is not installed or cannot run where `x` is."""
+def shuffled_block_transposed(
+    x: Tensor, rows: Tensor, row_ptr: Tensor, columns: Tensor, column_ptr: Tensor, values: Tensor, value_ptr: Tensor,
+    bias: Tensor | None = None, activation: str = "none", *, out_features: int, tiles: Tiles | None = None,
+) -> Tensor:  # fmt: skip
+    """activation(the packed weight @ x + bias[:, None]) for x [I, tokens]: [out_features, tokens].
+
+    The rest is as for `shuffled_block_conv2d`, but for `rows`: every one of `out_features` is in a group.
+    """
+    packed = (rows, row_ptr, columns, column_ptr, values, value_ptr)
+    _check_packed(x, packed, "[I, tokens]")
+    _check_epilogue(x, bias, None, activation, torch.Size([out_features]))
+    if rows.numel() != out_features:
+        do = "Put rows without weights into a group without columns."
+        raise InputError("rows", expected=f"{out_features} rows", got=f"{rows.numel()}", do=do)
+    kernels = _load("transposed", x)
+    y = x.new_empty(out_features, x.shape[1])
+    if y.numel():
+        kernels.launch(x, packed, bias, y, activation, tiles)
+    return y
+
+
+def _load(name: str, x: Tensor) -> Any:
+    """A module of kernels. Raises TargetError when Triton is not installed or cannot run where `x` is."""
     try:
-        from fxsparse.kernels.triton import shuffled_block
+        kernels = importlib.import_module(f"{__name__}.{name}")
     except ModuleNotFoundError as error:
         if error.name != "triton":
             raise
         do = "Install a build of torch for CUDA, which brings it, or run on the CPU."
         raise TargetError(WHERE, expected="the package triton", got="none installed", do=do) from None
-    if x.device.type != "cuda" and not shuffled_block.INTERPRETED:
+    if x.device.type != "cuda" and not kernels.INTERPRETED:
         do = "Move the tensors, or set TRITON_INTERPRET=1 before Triton is first imported."
         raise TargetError(WHERE, expected="x on a CUDA device", got=f"x on {x.device}", do=do)
-    return shuffled_block
+    return kernels
 
 
-def _check_packed(x: Tensor, packed: tuple[Tensor, ...]) -> None:
-    if x.dim() != 4 or x.dtype not in DTYPES or not x.is_contiguous():
+def _check_packed(x: Tensor, packed: tuple[Tensor, ...], shape: str) -> None:
+    if x.dim() != shape.count(",") + 1 or x.dtype not in DTYPES or not x.is_contiguous():
         do = "A channels_last tensor becomes one without a copy: x.permute(0, 2, 3, 1)."
-        raise InputError("x", expected="contiguous float16, bfloat16 or float32 [N, H, W, I]", got=_kind(x), do=do)
+        raise InputError("x", expected=f"contiguous float16, bfloat16 or float32 {shape}", got=_kind(x), do=do)
     for (name, dtype), tensor in zip(PACKED.items(), packed, strict=True):
         dtype = dtype or x.dtype
         if tensor.dtype != dtype or tensor.dim() != 1 or not tensor.is_contiguous() or tensor.device != x.device:
@@ -149,7 +181,7 @@ def _check_epilogue(x: Tensor, bias: Tensor | None, residual: Tensor | None, act
     if act not in ACTIVATIONS:
         do = near(act, ACTIVATIONS) or "Apply it to the result."
         raise InputError("activation", expected=f"one of {', '.join(ACTIVATIONS)}", got=repr(act), do=do)
-    for name, tensor, wanted in (("bias", bias, shape[3:]), ("residual", residual, shape)):
+    for name, tensor, wanted in (("bias", bias, shape[-1:]), ("residual", residual, shape)):
         if tensor is not None:
             _check_shape(name, tensor, wanted, x.device)
 

@@ -186,28 +186,30 @@ def launch(
     meta = {
         "KERNEL_H": kernel[0], "KERNEL_W": kernel[1], "BORDER": any(padding), "ACTIVATION": activation,
         # The interpreter multiplies bfloat16 as if its bits were integers (Triton 3.8).
-        "PRECISION": precision(), "WIDEN": INTERPRETED and x.dtype == torch.bfloat16,
+        "PRECISION": precision(kernel), "WIDEN": INTERPRETED and x.dtype == torch.bfloat16,
     }  # fmt: skip
     if tiles is None:
         tiles = choose_tiles(pixels, groups, rows_per_group)
     run = _tuned if isinstance(tiles, str) else shuffled_block
-    meta |= {} if isinstance(tiles, str) else _config(tiles).all_kwargs()
+    meta |= {} if isinstance(tiles, str) else config(tiles).all_kwargs()
     with torch.cuda.device_of(x):
         run[_grid(pixels, groups, rows_per_group)](
             x, *packed, bias, residual, y, *sizes, *stride, *padding, *dilation, **meta
         )
 
 
-def precision() -> str:
-    """How float32 may be multiplied: torch's own switch for matrix products decides."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def precision(kernel: tuple[int, int] = (1, 1)) -> str:
+    """How float32 may be multiplied: torch's own switches decide, that of cuDNN for windows, else that of products."""
+    switch: Any = torch.backends.cuda.matmul if kernel == (1, 1) else torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return "tf32" if switch.fp32_precision == "tf32" else "ieee"
 
 
 def _grid(pixels: int, groups: int, rows_per_group: int) -> Callable[[dict[str, Any]], tuple[int]]:
     return lambda meta: (triton.cdiv(pixels, meta["BLOCK_M"]) * groups * triton.cdiv(rows_per_group, meta["BLOCK_N"]),)
 
 
-def _config(tiles: Tiles) -> Any:
+def config(tiles: Tiles) -> Any:
+    """As Triton takes them."""
     sizes = {"BLOCK_M": tiles.pixels, "BLOCK_N": tiles.rows, "BLOCK_K": tiles.columns}
     return triton.Config(sizes, num_warps=tiles.warps, num_stages=tiles.stages)
 
@@ -220,7 +222,7 @@ def _bench(call: Callable[[], None], quantiles: tuple[float, ...]) -> Any:
 
 
 _tuned = triton.autotune(
-    configs=[_config(tiles) for tiles in CANDIDATES],
+    configs=[config(tiles) for tiles in CANDIDATES],
     key=["pixels", "groups", "rows_per_group", "columns_per_group", "channels", "out_channels"],
     do_bench=_bench,
 )(shuffled_block)

@@ -1,0 +1,130 @@
+"""Linear layers of shuffled blocks on a GPU: the operator `fxsparse::shuffled_block_transposed`.
+
+    shuffled_block(x [..., I]) [..., O]  ->  movedim(shuffled_block_transposed(contiguous(movedim(x, -1, 0))), 0, -1)
+
+Features come first, tokens lie side by side: then a kept column is a row of memory. Two such layers in a row, with what
+is done element by element between them, leave no copy. Graphs keep `shuffled_block`, which runs and exports anywhere;
+this is put in where a graph is lowered for a GPU. Values lie as that kernel reads them, never in pairs, and groups that
+keep the same columns are one: CPUs cut those, for several threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from fxsparse.formats.operator import LIBRARY, TAGS
+from fxsparse.formats.shuffled_block import ARRAYS, ShuffledBlock, pack, unpack
+from fxsparse.formats.shuffled_block_aten import ACTIVATIONS
+from fxsparse.formats.shuffled_block_op import shuffled_block
+from fxsparse.ir.graph import arg, aten, erase_unused, get_tensor, new_weight, weight_of
+from fxsparse.kernels.shared import epilogue
+from fxsparse.kernels.triton import shuffled_block_transposed as kernel
+
+LIBRARY.define(
+    "shuffled_block_transposed(Tensor x, Tensor rows, Tensor row_ptr, Tensor columns, Tensor column_ptr,"
+    " Tensor values, Tensor value_ptr, Tensor? bias, int out_features, str activation) -> Tensor",
+    tags=TAGS,
+)
+transposed = torch.ops.fxsparse.shuffled_block_transposed.default
+ALIGNED = 16  # tokens
+_ARRAYS = ("rows", "row_ptr", "columns", "column_ptr", "values", "value_ptr")  # in the order the kernel takes them
+
+
+def for_gpu(gm: fx.GraphModule) -> fx.GraphModule:
+    """`gm` with its packed linear layers as above, in place; each must have constant arrays."""
+    for node in [n for n in gm.graph.nodes if n.target is shuffled_block]:
+        if len(cast(Any, arg(node, "shape"))) == 2:
+            result = _turned(gm, node)
+            node.replace_all_uses_with(result)
+            gm.graph.erase_node(node)
+    erase_unused(gm)
+    return gm
+
+
+def tiled(packed: ShuffledBlock) -> tuple[Tensor, ...]:
+    """The arrays as the kernel takes them: [K, L] for each group, groups with equal columns joined."""
+    together: dict[bytes, list[int]] = {}
+    for g in range(packed.groups):
+        columns = packed.columns[int(packed.column_ptr[g]) : int(packed.column_ptr[g + 1])]
+        together.setdefault(columns.numpy().tobytes(), []).append(g)
+    of_group = packed.row_groups
+    groups = [torch.cat([torch.from_numpy(of_group[g]) for g in same]).sort().values for same in together.values()]
+    weight = unpack(packed)
+    found = pack(weight.float(), [g.numpy() for g in groups])  # in float32: bfloat16 would lie in pairs
+    return tuple(getattr(found, n).to(weight.dtype) if n == "values" else getattr(found, n) for n in _ARRAYS)
+
+
+def run(packed: ShuffledBlock, x: Tensor, geometry: dict[str, Any]) -> Callable[[], Tensor]:
+    """The product of `packed` and x [..., I] alone, to time it.
+
+    In a network a linear layer's x lies as it should, or what makes it writes it so: that is not timed.
+    """
+    if len(packed.shape) == 4:
+        windows = [geometry[name] for name in ("stride", "padding", "dilation")]
+        rest = (*(t.to(x.device) for t in packed.tensors), None, None, list(packed.shape), *windows, "none", "rows")
+        return lambda: cast(Tensor, shuffled_block(x, *rest))
+    arrays, turned = [t.to(x.device) for t in tiled(packed)], x.reshape(-1, x.shape[-1]).t().contiguous()
+    return lambda: cast(Tensor, transposed(turned, *arrays, None, packed.shape[0], "none"))
+
+
+def _turned(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """What replaces `node`, a linear layer's call of `shuffled_block`. A sum is left to whoever compiles the rest."""
+    stored = {name: cast(Tensor, weight_of(gm, arg(node, name))).cpu() for name in ARRAYS}
+    packed = ShuffledBlock(**stored, shape=tuple(arg(node, "shape")), lanes=arg(node, "lanes"))
+    values = cast(fx.Node, arg(node, "values"))
+    device, name = get_tensor(gm, str(values.target)).device, str(values.target).removesuffix("_values")
+    residual, activation = arg(node, "residual"), arg(node, "activation")
+    arrays = [
+        new_weight(gm, node, f"{name}_gpu_{n}", t.to(device)) for n, t in zip(_ARRAYS, tiled(packed), strict=True)
+    ]
+    call: Any = gm.graph.call_function
+    with gm.graph.inserting_before(node):
+        x = cast(fx.Node, node.args[0])
+        if x.target is aten.contiguous.default:  # of tokens, that lie far apart here
+            x = cast(fx.Node, x.args[0])
+        turned = call(aten.contiguous.default, (call(aten.movedim.int, (x, -1, 0)),))
+        inside = activation if residual is None else "none"
+        y = call(transposed, (turned, *arrays, arg(node, "bias"), packed.shape[0], inside))
+        y = call(aten.movedim.int, (y, 0, -1))
+        if residual is not None:
+            y = call(aten.add.Tensor, (y, residual))
+            y = y if activation == "none" else call(ACTIVATIONS[activation], (y,))
+    return cast(fx.Node, y)
+
+
+def _cuda(x: Tensor, *arguments: Any) -> Tensor:
+    *packed, out_features, activation = arguments
+    flat = x.reshape(x.shape[0], -1)
+    tokens = flat.shape[1]
+    if tokens % ALIGNED:  # else it reads elements one by one
+        flat = F.pad(flat, (0, -tokens % ALIGNED))
+    run_kernel: Any = kernel
+    y = run_kernel(flat, *packed, activation, out_features=out_features)
+    return cast(Tensor, y[:, :tokens].reshape(out_features, *x.shape[1:]).contiguous())
+
+
+def reference(x: Tensor, *arguments: Any) -> Tensor:
+    """The same in PyTorch's own operators, on any device and in any dtype."""
+    rows, row_ptr, columns, column_ptr, values, value_ptr, bias, out_features, activation = arguments
+    y = x.new_zeros(out_features, *x.shape[1:])
+    for g in range(len(row_ptr) - 1):
+        block = values[int(value_ptr[g]) : int(value_ptr[g + 1])]
+        row, column = rows[int(row_ptr[g]) : int(row_ptr[g + 1])], columns[int(column_ptr[g]) : int(column_ptr[g + 1])]
+        if len(column):
+            y[row] = torch.tensordot(block.view(len(column), -1)[:, : len(row)].to(x.dtype), x[column], ([0], [0]))
+    bias = None if bias is None else bias.view(-1, *[1] * (x.dim() - 1))
+    return epilogue(y, bias, None, activation)
+
+
+def _fake(x: Tensor, *arguments: Any) -> Tensor:
+    return x.new_empty([arguments[-2], *x.shape[1:]])
+
+
+torch.library.register_fake("fxsparse::shuffled_block_transposed", _fake, lib=LIBRARY)
+LIBRARY.impl("shuffled_block_transposed", reference, "CompositeExplicitAutograd")
+LIBRARY.impl("shuffled_block_transposed", _cuda, "CUDA")

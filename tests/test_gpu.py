@@ -1,0 +1,241 @@
+"""What is different on a GPU: capture, layers of packed weights with their tokens side by side, and how all is timed.
+
+Fake tensors stand for a device where shapes are enough. Marked `gpu`: the real thing.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+import fxsparse
+from fxsparse.errors import InputError, TargetError
+from fxsparse.formats import FORMATS, KERNELS
+from fxsparse.formats.shuffled_block import pack
+from fxsparse.formats.shuffled_block_gpu import for_gpu, tiled, transposed
+from fxsparse.ir.graph import call_nodes, flat
+from fxsparse.ir.inputs import CUDNN_BATCH, Call, exported
+from fxsparse.kernels.triton import ACTIVATIONS, Tiles, shuffled_block_transposed
+from fxsparse.package import aoti
+from tests.test_shuffled_block import allowed, blocks
+from tests.test_storage import Of, integers
+from tests.test_triton_shuffled_block import DTYPES, Run, run
+
+__all__ = ["run"]  # a fixture
+
+
+@pytest.fixture
+def fake() -> FakeTensorMode:
+    return FakeTensorMode(shape_env=ShapeEnv())
+
+
+# ------------------------------------------------------------ capture
+
+
+def test_a_batch_norm_on_a_gpu_leaves_the_batch_open(fake: FakeTensorMode) -> None:
+    with fake, torch.device("cuda"):
+        model, x = torchvision.models.mobilenet_v2().eval(), torch.empty(1, 3, 64, 64)
+    graph = exported(model, Call((x,), {}), dynamic_batch=True).graph
+    *_, last = (n for n in graph.nodes if n.op == "call_function")
+    assert not isinstance(last.meta["val"].shape[0], int)
+
+
+class Branches(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1 if x.shape[0] <= 100 else x
+
+
+def test_a_limit_of_the_model_s_own_is_still_refused() -> None:
+    with pytest.raises(torch._dynamo.exc.UserError, match="max=100"):
+        exported(Branches(), Call((torch.zeros(2, 3),), {}), dynamic_batch=True)
+    assert CUDNN_BATCH != 100
+
+
+# ------------------------------------------------------------ the kernel
+
+
+def errors(
+    shape: tuple[int, int, int], rows: int, density: float, dtype: torch.dtype, activation: str, tiles: Tiles | None,
+    device: str,
+) -> tuple[float, float]:  # fmt: skip
+    """The kernel's largest error, and what is allowed. Runs in the device's process."""
+    out_features, width, tokens = shape
+    weight = blocks((out_features, width), rows, density, 0).to(dtype)
+    g = torch.Generator().manual_seed(1)
+    x, bias = (torch.randn(s, generator=g).to(dtype) for s in ((width, tokens), (out_features,)))
+    arrays = [t.to(device) for t in tiled(pack(weight))]
+    y = shuffled_block_transposed(
+        x.to(device), *arrays, bias.to(device), activation, out_features=out_features, tiles=tiles
+    )
+    assert (y.shape, y.dtype, y.is_contiguous()) == ((out_features, tokens), dtype, True)
+    act = ACTIVATIONS[activation]
+    exact = act(weight.double() @ x.double() + bias.double()[:, None])
+    own = act(F.linear(x.t(), weight, bias).t())
+    return float((y.cpu().double() - exact).abs().max()) if tokens else 0.0, allowed(own, exact)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_shape_agrees_with_float64(run: Run, data: st.DataObject) -> None:
+    arguments = (
+        data.draw(st.tuples(st.integers(1, 150), st.integers(1, 80), st.sampled_from([0, 1, 7, 16, 33, 80]))),
+        data.draw(st.sampled_from([1, 5, 16, 64, 130])),
+        data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])),
+        data.draw(st.sampled_from(DTYPES)),
+        data.draw(st.sampled_from(sorted(ACTIVATIONS))),
+        data.draw(st.sampled_from([None, Tiles(16, 16, 16), Tiles(32, 64, 32), Tiles(64, 128, 64, 8)])),
+    )
+    error, most = run(errors, *arguments)
+    assert error <= most, arguments
+
+
+def test_a_row_in_no_group_is_refused() -> None:
+    arrays = tiled(pack(blocks((20, 8), 16, 0.5, 0)))
+    with pytest.raises(InputError, match="rows: expected 21 rows; got 20"):
+        shuffled_block_transposed(torch.zeros(8, 3), *arrays, out_features=21)
+
+
+def test_groups_with_equal_columns_are_one() -> None:
+    packed = pack(blocks((256, 64), 256, 0.3, 0))
+    assert packed.groups == 4
+    rows, row_ptr, columns, *_ = tiled(packed)
+    assert row_ptr.tolist() == [0, 256]
+    assert rows.tolist() == list(range(256))
+    assert torch.equal(columns, packed.columns[: len(columns)])
+
+
+def test_the_operator_keeps_the_rules_of_torch_library() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        arrays = tiled(pack(blocks((20, 8), 16, 0.5, 0).to(dtype)))
+        for bias in (None, torch.randn(20, dtype=dtype)):
+            arguments = (torch.randn(8, 2, 5, dtype=dtype), *arrays, bias, 20, "gelu")
+            tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+            torch.library.opcheck(transposed, arguments, test_utils=tests)
+
+
+# ------------------------------------------------------------ graphs
+
+
+def linear(ins: int, outs: int) -> nn.Linear:
+    return nn.Linear(ins, outs)
+
+
+def mlp(layers: Any, x: Tensor) -> Tensor:
+    y: Tensor = F.relu(x + layers["b"](F.gelu(layers["a"](x))))
+    return y
+
+
+def packed_model() -> nn.Module:
+    return Of(mlp, a=linear(64, 256), b=linear(256, 64)).eval()
+
+
+def packed_mlp(dtype: torch.dtype = torch.float32, device: str = "cpu", target: str = "eager") -> tuple[Any, Tensor]:
+    model = packed_model().to(device, dtype)
+    x = integers(3, 5, 64).to(device, dtype)
+    options: dict[str, Any] = {"formats": "shuffled_block", "measure": False}
+    return fxsparse.compile(model, target=target, example_inputs=x, **options), x
+
+
+def exact_of(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the model gives in its own dtype, and in float64."""
+    with torch.no_grad():
+        own = model(x)
+        return own, model.double()(x.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_a_graph_for_a_gpu_computes_the_same(dtype: torch.dtype) -> None:
+    fast, x = packed_mlp(dtype)
+    gm = for_gpu(flat(fast.graph_module))
+    if dtype == torch.float64:  # there is no kernel
+        assert not list(call_nodes(gm, transposed))
+        return
+    first, second = call_nodes(gm, transposed)
+    assert [first.args[-1], second.args[-1]] == ["gelu", "none"]
+    for tokens in (x, integers(7, 5, 64).to(dtype)):
+        own, exact = exact_of(packed_model().to(dtype), tokens)
+        assert float((gm(tokens)[0].double() - exact).abs().max()) <= allowed(own, exact)
+
+
+def test_between_two_layers_nothing_is_copied() -> None:
+    fast, x = packed_mlp()
+    copied: list[int] = []
+
+    class Watch(torch.fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            result = super().call_function(target, args, kwargs)
+            if target is torch.ops.aten.contiguous.default:
+                copied.append(result.data_ptr() != args[0].data_ptr())
+            return result
+
+    Watch(for_gpu(flat(fast.graph_module))).run(x)
+    assert sum(copied) == 1  # x itself, for the first
+
+
+def test_what_a_gpu_has_no_kernel_for_is_said(fake: FakeTensorMode) -> None:
+    model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.Flatten(), nn.Linear(32, 8)).eval()
+    nodes = [n for n in exported(model, Call((torch.zeros(2, 16, 3, 3),), {}), dynamic_batch=True).graph.nodes
+             if n.op == "call_function" and n.target in FORMATS["shuffled_block"].layers]  # fmt: skip
+    with fake, torch.device("cuda"):
+        for dtype, of_conv, of_linear in (
+            (torch.float32, "", ""),
+            (torch.float16, "in 16 bits cuDNN's convolution is several times", ""),
+            (torch.float64, "the kernel has no float64", "the kernel has no float64"),
+        ):
+            weights = [torch.empty(32, 16, 3, 3, dtype=dtype), torch.empty(8, 32, dtype=dtype)]
+            whys = [FORMATS["shuffled_block"].why_not(n, w) for n, w in zip(nodes, weights, strict=True)]
+            assert whys[0].startswith(of_conv)
+            assert whys[1].startswith(of_linear)
+            assert [bool(w) for w in whys] == [bool(of_conv), bool(of_linear)]
+    assert set(KERNELS["cuda"]) < set(FORMATS)
+
+
+def test_a_library_for_a_gpu_has_no_operators_that_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    fast, _ = packed_mlp()
+    monkeypatch.setattr(aoti, "on_gpu", lambda gm: True)
+    with pytest.raises(TargetError, match=r"got fxsparse.shuffled_block.default, whose kernel is called from it"):
+        fast.save_aoti(tmp_path / "m.pt2")
+
+
+# ------------------------------------------------------------ the real thing
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("target", ["eager", "inductor"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_layers_on_a_gpu(dtype: torch.dtype, target: str) -> None:
+    fast, x = packed_mlp(dtype, "cuda", target)
+    assert [r.stored for r in fast.report.rows] == ["shuffled_block"] * 2
+    for tokens in (x, integers(7, 5, 64).to("cuda", dtype), integers(40, 5, 64).to("cuda", dtype)):
+        own, exact = exact_of(packed_model().to("cuda", dtype), tokens)
+        assert float((fast(tokens).double() - exact).abs().max()) <= allowed(own, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ["shuffled_block", "n_m"])
+def test_formats_are_timed_on_a_gpu(kind: str) -> None:
+    weight = blocks((2048, 2048), 128, 0.2, 0)
+    if kind == "n_m":
+        weight = torch.randn(2048, 2048)
+        weight.view(-1, 4)[:, :2] = 0
+    model = nn.Linear(2048, 2048).eval()
+    with torch.no_grad():
+        model.weight.copy_(weight)
+    model.to("cuda", torch.bfloat16)
+    x = torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16)
+    fast = fxsparse.compile(model, target="eager", example_inputs=x)
+    timed = [d for d in fast.report.decisions if d.step == "choose_formats" and kind in d.what]
+    assert timed[0].data["sparse_us"] > 0
+    own, exact = exact_of(model, x)
+    assert float((fast(x).double() - exact).abs().max()) <= allowed(own, exact)
