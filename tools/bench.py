@@ -90,8 +90,16 @@ MATRIX: list[dict[str, Any]] = [
     for recipe in ("shuffled_blocks", "refill_coupled", "unstructured")
     for i, sparsity in enumerate((0.2, 0.5, 0.74, 0.95))
 ]
+GPU: list[dict[str, Any]] = [
+    {"model": model, "recipe": recipe, "sparsity": sparsity, "rows": rows, "batch": 32, "threads": 1}
+    for model, recipe, sparsity, rows in (
+        ("vit_b_16", "shuffled_blocks", 0.74, 128), ("vit_l_16", "shuffled_blocks", 0.74, 128),
+        ("vit_l_16", "two_four", 0.5, 32), ("resnet50", "refill_coupled", 0.5, 32),
+        ("vit_b_16", "heads_and_neurons", 0.5, 32),
+    )
+]  # fmt: skip
 Inputs = tuple[Tensor, ...]
-SUITES = {"spine": SPINE, "blocks": BLOCKS, "unstructured": UNSTRUCTURED, "matrix": MATRIX}
+SUITES = {"spine": SPINE, "blocks": BLOCKS, "unstructured": UNSTRUCTURED, "matrix": MATRIX, "gpu": GPU}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

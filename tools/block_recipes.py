@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from fxsparse.coarsen import n_m
 from tools.recipes import first_convolution, masked_layers
 
 
@@ -48,7 +49,15 @@ def block_mask(weight: Tensor, order: Tensor, sparsity: float, rows: int, genera
     return mask.view(weight.shape)
 
 
+def two_four(model: nn.Module, *, sparsity: float, seed: int, rows: int = 32) -> dict[str, Tensor]:
+    """2:4 by magnitude in linear layers and projections of as many columns; `sparsity` is a half, whatever is said."""
+    weights = {name: weight.detach() for name, weight in _weights(model).items() if weight.dim() == 2}
+    every = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
+    return dict(n_m(weights, every).masks)
+
+
 BLOCK_RECIPES: dict[str, Callable[..., dict[str, Tensor]]] = {
     "shuffled_blocks": shuffled_blocks,
     "shuffled_blocks_apart": partial(shuffled_blocks, coupled=False),
+    "two_four": two_four,
 }
