@@ -24,7 +24,7 @@ from fxsparse.explain import Layer, layers_of, parameters_after, rows_of, with_f
 from fxsparse.formats import FORMATS
 from fxsparse.ir.capture import capture, masked_output
 from fxsparse.ir.decision import Plan
-from fxsparse.ir.graph import clone, erase_unused, flat
+from fxsparse.ir.graph import clone, erase_unused, flat, on_gpu
 from fxsparse.ir.inputs import Call, batch_size, device_of, signature_of
 from fxsparse.ir.masks import Masks
 from fxsparse.ir.symbols import concrete, open_sizes, symbolic_dims
@@ -251,7 +251,8 @@ def _rewrite(captured: Captured, options: Options) -> _Rewritten:
     if times_layers:
         _time_again(gm, layers, times)
     rows = rows_of(gm, layers, ctx, plan)
-    whole = options.target.standard_operators or options.target.runners  # models are timed with formats and without
+    # Models are timed with formats and without where layers cannot be, or say less: a GPU's are short.
+    whole = options.target.standard_operators or options.target.runners or on_gpu(gm)
     shrunk = clone(gm) if whole and options.formats == "auto" else None
     stored = run_passes(gm, STORAGE, ctx, after_each)
     times.save()

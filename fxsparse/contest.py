@@ -15,7 +15,7 @@ from fxsparse.backend import TARGETS, Target, find_target
 from fxsparse.backend.target import Runnable
 from fxsparse.errors import FxSparseError, TargetError, first_line
 from fxsparse.ir.decision import Decision
-from fxsparse.ir.graph import clone, get_tensor, is_ours, set_tensor
+from fxsparse.ir.graph import clone, get_tensor, is_ours, on_gpu, set_tensor
 from fxsparse.ir.inputs import Prepare, as_is, channels_last, inputs_channels_last
 from fxsparse.measure import NEAR_TIE, Runs, play_off, settled
 from fxsparse.report import Timing
@@ -150,7 +150,7 @@ def _fitting(
 ) -> Mapping[str, fx.GraphModule]:
     """The first graph; all, where formats are chosen by whole models; beside PyTorch none that is packed for it."""
     if not runner.standard_operators:
-        return dict(list(every.items())[:1])
+        return {label: gm for label, gm in every.items() if not label or on_gpu(gm)}
     unpacked = {label: gm for label, gm in every.items() if not any(map(is_ours, gm.graph.nodes))}
     return every if len(runners) == 1 else unpacked or every
 

@@ -196,6 +196,6 @@ def options(gm: fx.GraphModule) -> dict[str, Any]:
 def _tuned(gm: fx.GraphModule) -> dict[str, Any]:
     """More for a single shape: on a GPU every product is tried in Triton's templates and in the libraries.
 
-    Convolutions are not: each took 6 to 12 s on an H200, a ResNet-18 minutes. cuDNN tries its own, see `cuda_graph`.
+    Convolutions are not: some took 6 to 12 s on an H200, a ResNet-18 minutes. cuDNN tries its own, see `cuda_graph`.
     """
-    return {"max_autotune_gemm": True} if on_gpu(gm) else {}
+    return {"max_autotune_gemm": True, "max_autotune_conv_backends": "ATEN"} if on_gpu(gm) else {}

@@ -10,6 +10,7 @@ Source: torch.sparse.SparseSemiStructuredTensorCUSPARSELT, without its tensor su
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from fxsparse.ir.graph import arg, aten, new_weight
 LIBRARY.define("semi_structured(Tensor x, Tensor compressed, Tensor? bias, int rows) -> Tensor", tags=TAGS)
 semi_structured = torch.ops.fxsparse.semi_structured.default
 _SIZES = SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS
+log = logging.getLogger("fxsparse")
 _DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -71,14 +73,22 @@ _FOUND: dict[tuple[Any, ...], dict[str, int]] = {}
 
 
 def _algorithm(compressed: Tensor, x: Tensor, bias: Tensor | None) -> dict[str, int]:
-    """The library's fastest for these shapes; its default inside a CUDA graph, where nothing can be timed."""
+    """The library's fastest for these shapes; its default where that cannot be had.
+
+    Inside a CUDA graph nothing can be timed, and what is found without a bias need not take one.
+    """
     key = (compressed.shape, x.shape, x.dtype, bias is None, x.device)
     if key not in _FOUND:
         if torch.cuda.is_current_stream_capturing():
             return {}
         search: Any = torch._C._cusparselt.mm_search  # type: ignore[attr-defined]
-        algorithm, split_k, mode, _ = search(compressed, x, bias, None, None, True)
-        _FOUND[key] = {"alg_id": algorithm, "split_k": split_k, "split_k_mode": mode}
+        try:
+            found = {"alg_id": search(compressed, x, None, None, None, True)[0]}
+            torch._cslt_sparse_mm(compressed, x, bias=bias, transpose_result=True, **cast(Any, found))
+        except RuntimeError as error:
+            log.debug("2:4 product of %s and %s: %s", compressed.shape, x.shape, error)
+            found = {}
+        _FOUND[key] = found
     return _FOUND[key]
 
 

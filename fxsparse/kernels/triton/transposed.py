@@ -21,6 +21,8 @@ from triton.language import constexpr, tensor
 from fxsparse.kernels.triton import Tiles
 from fxsparse.kernels.triton.shuffled_block import INTERPRETED, _activate, config, precision
 
+MULTIPROCESSORS = 132  # of an H100 or H200; others differ by little
+
 
 @triton.jit  # type: ignore[untyped-decorator]
 def transposed(
@@ -65,13 +67,14 @@ def transposed(
 
 
 def choose_tiles(tokens: int, groups: int, rows_per_group: int, dtype: torch.dtype) -> Tiles:
-    """Tiles by rule."""
+    """Tiles by rule, after what was fastest of a dozen on an H200 (docs/architecture.md)."""
     rows = min(128, max(16, triton.next_power_of_2(rows_per_group)))
     if dtype == torch.float32:
-        return Tiles(64, rows, 32, 4 if rows < 128 else 8)
+        return Tiles(64 if rows == 128 else 128, rows, 32, 8 if rows >= 64 else 4)
     programs = groups * triton.cdiv(rows_per_group, rows)
-    enough = (m for m in (256, 128, 64) if triton.cdiv(tokens, m) * programs >= 132)
-    return Tiles(next(enough, 32), rows, 64, 8 if rows == 128 else 4, 4)
+    wide, waves = (128, 1) if rows == 128 else (256, 4)
+    enough = triton.cdiv(tokens, wide) * programs >= waves * MULTIPROCESSORS
+    return Tiles(wide if enough else 64, rows, 64, 4, 4)
 
 
 def launch(
