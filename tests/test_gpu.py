@@ -20,8 +20,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import fxsparse
 from fxsparse.errors import InputError, TargetError
 from fxsparse.formats import FORMATS, KERNELS
+from fxsparse.formats.gpu import for_gpu
 from fxsparse.formats.shuffled_block import pack
-from fxsparse.formats.shuffled_block_gpu import for_gpu, tiled, transposed
+from fxsparse.formats.shuffled_block_gpu import tiled, transposed
 from fxsparse.ir.graph import call_nodes, flat
 from fxsparse.ir.inputs import CUDNN_BATCH, Call, exported
 from fxsparse.kernels.triton import ACTIVATIONS, Tiles, shuffled_block_transposed

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,11 +19,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fxsparse
 from fxsparse.errors import InputError
-from fxsparse.formats import FORMATS, semi_structured
+from fxsparse.formats import FORMATS, semi_structured, semi_structured_search
+from fxsparse.formats.gpu import for_gpu
 from fxsparse.formats.n_m import NM, PATTERNS, columns_of, misfits, pack, recognize, unpack
 from fxsparse.formats.n_m_op import multiply, n_m, n_m_into, reference
+from fxsparse.formats.semi_structured_search import DEFAULT, search
 from fxsparse.ir.capture import capture
 from fxsparse.ir.decision import Decision
+from fxsparse.ir.graph import call_nodes, flat, get_tensor
 from fxsparse.ir.masks import Masks
 from fxsparse.kernels import build
 from fxsparse.kernels.cpu import n_m as kernel
@@ -425,6 +431,69 @@ def test_the_operator_for_cuda_gives_the_right_shape() -> None:
         for bias in (None, torch.empty(96, **cuda)):
             assert semi_structured._cuda(x, compressed, bias, 96).shape == (3, 5, 96)
             assert semi_structured.semi_structured(x, compressed, bias, 96).shape == (3, 5, 96)
+
+
+def test_a_graph_for_a_gpu_has_its_own_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Of(lambda m, x: m["a"](x), a=linear(256, 128)).eval(), torch.randn(2, 3, 256)
+    fast = fxsparse.compile(model, target="eager", example_inputs=x, formats="n_m", measure=False)
+    for available in (False, True):
+        monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda available=available: available)
+        monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight)
+        gm = for_gpu(flat(fast.graph_module))
+        calls = list(call_nodes(gm, semi_structured.semi_structured))
+        assert len(calls) == available
+        for call in calls:
+            assert torch.equal(get_tensor(gm, str(call.args[1].target)), model.layers["a"].weight)
+            assert call.args[3] == 128
+
+
+def outcomes(monkeypatch: pytest.MonkeyPatch, *results: Any) -> list[list[str]]:
+    """The process that searches, played: what it prints, or how it ends. Gives the commands it was called with."""
+    called: list[list[str]] = []
+    left = iter(results)
+
+    def run(words: list[str], **_: Any) -> Any:
+        called.append(words)
+        result = next(left)
+        if isinstance(result, Exception):
+            raise result
+        return subprocess.CompletedProcess(words, 0, result, "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return called
+
+
+def test_an_algorithm_that_another_process_found_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    died, hung = subprocess.CalledProcessError(-6, "search"), subprocess.TimeoutExpired("search", 1)
+    called = outcomes(monkeypatch, "a warning\n17\n", died, hung, "", "no number", OSError("no such program"))
+    device = torch.device("cuda:1")
+    found = [search(128, 256, 8, torch.float16, True, device) for _ in range(6)]
+    assert found == [17, *[DEFAULT] * 5]
+    assert called[0][-6:] == ["128", "256", "8", "1", "float16", "cuda:1"]
+
+
+def test_it_is_searched_once_and_never_inside_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = outcomes(monkeypatch, "17", "18")
+    monkeypatch.setattr(semi_structured, "_FOUND", {})
+    capturing, x, compressed = False, torch.empty(8, 64, dtype=torch.float16), torch.empty(96, 36)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    ask = partial(semi_structured._algorithm, compressed, x, None)
+    assert (ask(), called) == (DEFAULT, [])
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    capturing = True
+    assert (ask(), called) == (DEFAULT, [])
+    capturing = False
+    assert (ask(), ask(), len(called)) == (17, 17, 1)
+    capturing = True
+    assert ask() == 17
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
+def test_the_process_that_searches_comes_as_far_as_the_device() -> None:
+    words = [sys.executable, "-P", semi_structured_search.__file__, "128", "256", "8", "1", "float16", "cuda:0"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "torch._C._cuda_init()" in done.stderr
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from torch import fx
 from fxsparse.backend.cuda_graph import captured
 from fxsparse.backend.target import Runnable, Target
 from fxsparse.formats import KERNELS
-from fxsparse.formats.shuffled_block_gpu import for_gpu
+from fxsparse.formats.gpu import for_gpu
 from fxsparse.ir.graph import flat, on_gpu
 from fxsparse.kernels.build import compiler
 

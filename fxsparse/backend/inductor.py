@@ -24,7 +24,7 @@ from fxsparse.backend.onednn import faster_products
 from fxsparse.backend.target import Runnable, Target
 from fxsparse.errors import TargetError
 from fxsparse.formats import BY_OPERATOR, KERNELS
-from fxsparse.formats.shuffled_block_gpu import for_gpu
+from fxsparse.formats.gpu import for_gpu
 from fxsparse.ir.graph import arg, aten, fake_mode, flat, is_ours, on_gpu
 from fxsparse.kernels.build import compiler, compilers
 

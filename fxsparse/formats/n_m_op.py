@@ -4,7 +4,7 @@
 
 x is [..., I], the result [..., O]; `shape` is [O, I]. 1:4 and 2:4 in float32, bfloat16 and float64 run the C++ kernel
 on a CPU; anything else unpacks the weight and runs dense. It has no gradient. The arrays are trusted: `NM` checked
-them. All else is checked here. On CUDA the layer becomes `fxsparse::semi_structured`, on torch's own 2:4 product.
+them. All else is checked here. Targets for GPUs replace it by torch's own 2:4 product: `semi_structured`.
 """
 
 from __future__ import annotations
@@ -117,6 +117,8 @@ class NMFormat(Format):
         return ""
 
     def why_not_untimed(self, node: fx.Node) -> str:
+        if node.meta["val"].is_cuda:
+            return "on a GPU only a timing can tell"
         tokens, few = math.prod(concrete(node)[:-1]), FEW_TOKENS.get(node.meta["val"].dtype, 0)
         return f"{tokens} tokens share its weights: only a timing can tell" if tokens > few else ""
 
@@ -129,10 +131,8 @@ class NMFormat(Format):
 
     def lower(self, gm: fx.GraphModule, node: fx.Node, packed: NM) -> fx.Node:
         weight = cast(fx.Node, node.args[1])
-        device = weight.meta["val"].device
-        if device.type == "cuda":
-            return semi_structured.lower(gm, node, unpack(packed).to(device))
-        stored = [new_weight(gm, node, f"{weight.target}_{n}", getattr(packed, n)) for n in ("values", "codes")]
+        tensors = {n: getattr(packed, n).to(weight.meta["val"].device) for n in ("values", "codes")}
+        stored = [new_weight(gm, node, f"{weight.target}_{n}", tensor) for n, tensor in tensors.items()]
         call: Any = gm.graph.call_function
         with gm.graph.inserting_before(node):
             x = call(aten.contiguous.default, (node.args[0],))
@@ -156,7 +156,7 @@ class NMFormat(Format):
     def check_call(self, arguments: Sequence[Any]) -> None:
         values, codes, shape, (n, m) = arguments[1], arguments[2], arguments[4], arguments[5:7]
         kinds = [getattr(a, "dtype", None) for a in (values, codes)]
-        known = kinds[0] in kernel.DTYPES and kinds[1] == torch.int32 and (n, m) in kernel.PATTERNS
+        known = kinds[0] in (*kernel.DTYPES, torch.float16) and kinds[1] == torch.int32 and (n, m) in kernel.PATTERNS
         if not known or len(shape) != 2:
             raise _misfit("a stored array", "1:4 or 2:4 in a dtype of the kernel, codes in int32", f"{n}:{m}, {kinds}")
         NM(values, codes, (shape[0], shape[1]), n, m)

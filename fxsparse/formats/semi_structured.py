@@ -2,15 +2,14 @@
 
     semi_structured(x, compressed, bias, rows) -> x @ w.T + bias
 
-`compressed` is what torch._cslt_compress makes of the weight. x is [..., I]; tokens are filled up to a multiple of 8,
-as the library asks. Of the library's algorithms the fastest is searched at the first call with so many tokens: on an
-H200 that is up to 2.8 times as fast as its default.
+`compressed` is what torch._cslt_compress makes of the weight on this GPU: `gpu.for_gpu` puts the operator in the place
+of `n_m` where a graph is lowered. x is [..., I]; tokens are filled up to a multiple of 8, as the library asks. Where
+cuDNN is told to try its algorithms, so are cuSPARSELt's, once for every number of tokens (`semi_structured_search`).
 Source: torch.sparse.SparseSemiStructuredTensorCUSPARSELT, without its tensor subclass.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -19,13 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 
+from fxsparse.formats.n_m import NM, unpack
 from fxsparse.formats.operator import LIBRARY, TAGS
-from fxsparse.ir.graph import arg, aten, new_weight
+from fxsparse.formats.semi_structured_search import DEFAULT, search
+from fxsparse.ir.graph import get_tensor, new_weight
 
 LIBRARY.define("semi_structured(Tensor x, Tensor compressed, Tensor? bias, int rows) -> Tensor", tags=TAGS)
 semi_structured = torch.ops.fxsparse.semi_structured.default
 _SIZES = SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS
-log = logging.getLogger("fxsparse")
 _DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -42,14 +42,15 @@ def why_not(weight: Tensor) -> str:
     return ""
 
 
-def lower(gm: fx.GraphModule, node: fx.Node, weight: Tensor) -> fx.Node:
-    """Insert the operator before the linear `node`. `weight` is 2:4, on CUDA."""
-    name = cast(fx.Node, node.args[1]).target
-    stored = new_weight(gm, node, f"{name}_compressed", torch._cslt_compress(weight))
-    call: Any = gm.graph.call_function
+def lower(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """Insert the operator before `node`, a call of `n_m` on CUDA."""
+    x, values, codes, bias, shape, n, m = cast(Any, node.args)
+    arrays = [get_tensor(gm, stored.target) for stored in (values, codes)]
+    packed = NM(arrays[0].cpu(), arrays[1].cpu(), tuple(shape), n, m)
+    compressed = torch._cslt_compress(unpack(packed).to(arrays[0].device))
+    stored = new_weight(gm, node, f"{values.target.removesuffix('_values')}_compressed", compressed)
     with gm.graph.inserting_before(node):
-        x = call(aten.contiguous.default, (node.args[0],))
-        return cast(fx.Node, call(semi_structured, (x, stored, arg(node, "bias"), weight.shape[0])))
+        return gm.graph.call_function(semi_structured, (x, stored, bias, shape[0]))
 
 
 def run(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
@@ -64,32 +65,20 @@ def _cuda(x: Tensor, compressed: Tensor, bias: Tensor | None, rows: int) -> Tens
     if not tokens:
         return x.new_empty([*x.shape[:-1], rows])
     flat = F.pad(flat, (0, 0, 0, -tokens % _SIZES[x.dtype].dense_min_cols))
-    how: dict[str, Any] = _algorithm(compressed, flat.t(), bias)
-    y = torch._cslt_sparse_mm(compressed, flat.t(), bias=bias, transpose_result=True, **how)
+    algorithm = _algorithm(compressed, flat, bias)
+    y = torch._cslt_sparse_mm(compressed, flat.t(), bias=bias, transpose_result=True, alg_id=algorithm)
     return y[:tokens].reshape([*x.shape[:-1], rows]).contiguous()
 
 
-_FOUND: dict[tuple[Any, ...], dict[str, int]] = {}
+_FOUND: dict[tuple[Any, ...], int] = {}
 
 
-def _algorithm(compressed: Tensor, x: Tensor, bias: Tensor | None) -> dict[str, int]:
-    """The library's fastest for these shapes; its default where that cannot be had.
-
-    Inside a CUDA graph nothing can be timed, and what is found without a bias need not take one.
-    """
-    key = (compressed.shape, x.shape, x.dtype, bias is None, x.device)
-    if key not in _FOUND:
-        if torch.cuda.is_current_stream_capturing():
-            return {}
-        search: Any = torch._C._cusparselt.mm_search  # type: ignore[attr-defined]
-        try:
-            found = {"alg_id": search(compressed, x, None, None, None, True)[0]}
-            torch._cslt_sparse_mm(compressed, x, bias=bias, transpose_result=True, **cast(Any, found))
-        except RuntimeError as error:
-            log.debug("2:4 product of %s and %s: %s", compressed.shape, x.shape, error)
-            found = {}
-        _FOUND[key] = found
-    return _FOUND[key]
+def _algorithm(compressed: Tensor, x: Tensor, bias: Tensor | None) -> int:
+    """The library's fastest for x [tokens, I] where it was, or is to be, searched; else its default."""
+    key = (compressed.shape[0], x.shape[1], x.shape[0], x.dtype, bias is not None, x.device)
+    if key not in _FOUND and torch.backends.cudnn.benchmark and not torch.cuda.is_current_stream_capturing():
+        _FOUND[key] = search(*key)
+    return _FOUND.get(key, DEFAULT)
 
 
 def _fake(x: Tensor, compressed: Tensor, bias: Tensor | None, rows: int) -> Tensor:

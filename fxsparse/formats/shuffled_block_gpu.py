@@ -3,9 +3,8 @@
     shuffled_block(x [..., I]) [..., O]  ->  movedim(shuffled_block_transposed(contiguous(movedim(x, -1, 0))), 0, -1)
 
 Features come first, tokens lie side by side: then a kept column is a row of memory. Two such layers in a row, with what
-is done element by element between them, leave no copy. Graphs keep `shuffled_block`, which runs and exports anywhere;
-this is put in where a graph is lowered for a GPU. Values lie as that kernel reads them, never in pairs, and groups that
-keep the same columns are one: CPUs cut those, for several threads.
+is done element by element between them, leave no copy. Values lie as that kernel reads them, never in pairs, and groups
+that keep the same columns are one: CPUs cut those, for several threads.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from fxsparse.formats.operator import LIBRARY, TAGS
 from fxsparse.formats.shuffled_block import ARRAYS, ShuffledBlock, pack, unpack
 from fxsparse.formats.shuffled_block_aten import ACTIVATIONS
 from fxsparse.formats.shuffled_block_op import shuffled_block
-from fxsparse.ir.graph import arg, aten, erase_unused, get_tensor, new_weight, weight_of
+from fxsparse.ir.graph import arg, aten, get_tensor, new_weight, weight_of
 from fxsparse.kernels.shared import epilogue
 from fxsparse.kernels.triton import shuffled_block_transposed as kernel
 
@@ -33,17 +32,6 @@ LIBRARY.define(
 transposed = torch.ops.fxsparse.shuffled_block_transposed.default
 ALIGNED = 16  # tokens
 _ARRAYS = ("rows", "row_ptr", "columns", "column_ptr", "values", "value_ptr")  # in the order the kernel takes them
-
-
-def for_gpu(gm: fx.GraphModule) -> fx.GraphModule:
-    """`gm` with its packed linear layers as above, in place; each must have constant arrays."""
-    for node in [n for n in gm.graph.nodes if n.target is shuffled_block]:
-        if len(cast(Any, arg(node, "shape"))) == 2:
-            result = _turned(gm, node)
-            node.replace_all_uses_with(result)
-            gm.graph.erase_node(node)
-    erase_unused(gm)
-    return gm
 
 
 def tiled(packed: ShuffledBlock) -> tuple[Tensor, ...]:
@@ -72,7 +60,7 @@ def run(packed: ShuffledBlock, x: Tensor, geometry: dict[str, Any]) -> Callable[
     return lambda: cast(Tensor, transposed(turned, *arrays, None, packed.shape[0], "none"))
 
 
-def _turned(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
+def lower(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     """What replaces `node`, a linear layer's call of `shuffled_block`. A sum is left to whoever compiles the rest."""
     stored = {name: cast(Tensor, weight_of(gm, arg(node, name))).cpu() for name in ARRAYS}
     packed = ShuffledBlock(**stored, shape=tuple(arg(node, "shape")), lanes=arg(node, "lanes"))
