@@ -105,6 +105,19 @@ def test_the_run_is_warmed_up_on_another_stream_and_then_captured(cuda: FakeCuda
     ]  # fmt: skip
 
 
+def test_cudnn_times_its_algorithms_while_it_is_made(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    seen = []
+
+    def run(x: Tensor) -> tuple[Tensor]:
+        seen.append(torch.backends.cudnn.benchmark)
+        return (x + 1,)
+
+    CudaGraph(run, [torch.ones(2)], CPU)
+    assert seen == [True] * (WARM_UPS + 1)
+    assert not torch.backends.cudnn.benchmark
+
+
 def test_results_and_inputs_of_a_call_are_not_touched_by_the_next(cuda: FakeCuda) -> None:
     x, z = torch.randn(2, 3), torch.randn(2, 3)
     kept = x.clone()

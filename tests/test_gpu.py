@@ -5,6 +5,7 @@ Fake tensors stand for a device where shapes are enough. Marked `gpu`: the real 
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fxsparse
+from fxsparse.backend import inductor
 from fxsparse.errors import InputError, TargetError
 from fxsparse.formats import FORMATS, KERNELS
 from fxsparse.formats.gpu import for_gpu
@@ -103,6 +105,19 @@ def test_a_row_in_no_group_is_refused() -> None:
     arrays = tiled(pack(blocks((20, 8), 16, 0.5, 0)))
     with pytest.raises(InputError, match="rows: expected 21 rows; got 20"):
         shuffled_block_transposed(torch.zeros(8, 3), *arrays, out_features=21)
+
+
+def tiles_for(*shapes: tuple[Any, ...]) -> list[tuple[int, ...]]:
+    module = import_module("fxsparse.kernels.triton.transposed")
+    return [tuple(module.choose_tiles(*shape)) for shape in shapes[:-1]]  # the last is the device
+
+
+def test_tiles_are_narrower_where_there_is_little_to_do(run: Run) -> None:
+    bf16, fp32 = torch.bfloat16, torch.float32
+    shapes = [(8192, 32, 128, bf16), (64, 2, 128, bf16), (8192, 64, 64, bf16), (200, 4, 9, bf16), (99, 4, 64, fp32)]
+    assert run(tiles_for, *shapes) == [
+        (128, 128, 64, 4, 4), (64, 128, 64, 4, 4), (256, 64, 64, 4, 4), (64, 16, 64, 4, 4), (128, 64, 32, 8, 3),
+    ]  # fmt: skip
 
 
 def test_groups_with_equal_columns_are_one() -> None:
@@ -198,6 +213,17 @@ def test_what_a_gpu_has_no_kernel_for_is_said(fake: FakeTensorMode) -> None:
             assert whys[1].startswith(of_linear)
             assert [bool(w) for w in whys] == [bool(of_conv), bool(of_linear)]
     assert set(KERNELS["cuda"]) < set(FORMATS)
+
+
+def test_on_a_gpu_only_libraries_are_tuned_unless_inductor_is_told_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import config
+
+    gm = torch.fx.symbolic_trace(nn.Linear(2, 2))
+    assert inductor._tuned(gm) == {}
+    monkeypatch.setattr(inductor, "on_gpu", lambda gm: True)
+    assert inductor._tuned(gm)["max_autotune_gemm_backends"] == "ATEN"
+    with config.patch(max_autotune=True):
+        assert inductor._tuned(gm) == {}
 
 
 def test_a_library_for_a_gpu_has_no_operators_that_python_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

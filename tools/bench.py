@@ -429,6 +429,7 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "sparsity": lambda r: f"{r['sparsity']:.0%}",
     "batch": lambda r: str(r["batch"]),
     "threads": lambda r: str(r["threads"]),
+    "dtype": lambda r: str(r["dtype"]),
     "target": lambda r: str(r["target"]),
     "weights gone": lambda r: f"{1 - r['params_after'] / r['params_before']:.0%}",
     "MAC ratio": lambda r: f"{r['mac_ratio']:.2f}",
@@ -438,7 +439,7 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "speedup / MAC ratio": lambda r: f"{r['eta']:.2f}",
 }
 _CHANNEL_COLUMNS = {"time / natively slim": lambda r: f"{r['over_slim']:.3f}" if "over_slim" in r else ""}
-_BLOCK_COLUMNS = {"rows of a group": lambda r: str(r["rows"]), "dtype": lambda r: str(r["dtype"])}
+_BLOCK_COLUMNS = {"rows of a group": lambda r: str(r["rows"])}
 
 
 def write_readme() -> int:

@@ -194,8 +194,14 @@ def options(gm: fx.GraphModule) -> dict[str, Any]:
 
 
 def _tuned(gm: fx.GraphModule) -> dict[str, Any]:
-    """More for a single shape: on a GPU every product is tried in Triton's templates and in the libraries.
+    """More for a single shape: on a GPU the library's ways to multiply are timed for every product.
 
-    Convolutions are not: some took 6 to 12 s on an H200, a ResNet-18 minutes. cuDNN tries its own, see `cuda_graph`.
+    Triton's templates are not, unless Inductor's own settings say so (TORCHINDUCTOR_MAX_AUTOTUNE=1): on an H200 some
+    layers took 6 to 16 s each, for at most 8 %. cuDNN times its algorithms when the graph is captured (`cuda_graph`).
     """
-    return {"max_autotune_gemm": True, "max_autotune_conv_backends": "ATEN"} if on_gpu(gm) else {}
+    from torch._inductor import config
+
+    if not on_gpu(gm) or config.max_autotune or config.max_autotune_gemm:
+        return {}
+    library_alone = {"max_autotune_gemm_backends": "ATEN", "max_autotune_conv_backends": "ATEN"}
+    return {"max_autotune_gemm": True, **library_alone}

@@ -1,6 +1,6 @@
 """Shuffled block convolution and linear on a GPU, in Triton. Importing this does not import Triton; a call does.
 
-Status: run in Triton's interpreter and compiled for sm_80 and sm_90; NOT run on a GPU.
+Tests run them in Triton's interpreter, compile them for sm_80 and sm_90 and, marked `gpu`, ran on an H200.
 """
 
 from __future__ import annotations

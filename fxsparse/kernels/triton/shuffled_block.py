@@ -7,9 +7,9 @@ where to gather in x, the gathered tile and the tile of values meet in one `tl.d
 ids, so that programs that read the same pixels run together; a group wider than BLOCK_N takes several programs, and
 a program strides over the tiles of a group that is wider than the average one.
 
-Status: run in Triton's interpreter and compiled for sm_80 and sm_90; NOT run on a GPU, so no number stands behind the
-tile sizes. Gathered elements are loaded one by one (16-bit ones not even asynchronously), about 15 instructions each:
-expect that to be the limit unless row groups are wide.
+Gathered elements are loaded one by one, 16-bit ones not even asynchronously, about 15 instructions each: on an H200
+dense convolutions are three to five times as fast in 16 bits and in tf32, and half as fast in float32 without it.
+Linear layers have a kernel of their own (`transposed.py`).
 
 This module imports Triton: import `fxsparse.kernels.triton`, which does not, and says so when Triton is missing.
 Triton reads the annotations of a kernel and knows only its own names in them; they must not become strings either.
@@ -161,17 +161,9 @@ CANDIDATES = (
 )  # fmt: skip
 
 
-def choose_tiles(pixels: int, groups: int, rows_per_group: int) -> Tiles:
-    """Tiles by rule: a whole group wide if that fits, and at least 256 programs, two for each multiprocessor.
-
-    No more than 64 pixels and 32 columns: what ptxas keeps in registers for sm_90 (larger tiles spill, or leave room
-    for few warps to wait for gathers with).
-    """
-    rows = min(128, max(16, triton.next_power_of_2(rows_per_group)))
-    slots = triton.cdiv(rows_per_group, rows)
-    enough = (m for m in (64, 32) if triton.cdiv(pixels, m) * groups * slots >= 256)
-    m = next(enough, 16)
-    return Tiles(m, rows, 32, 8 if m * rows >= 64 * 128 else 4)
+def choose_tiles(rows_per_group: int) -> Tiles:
+    """Tiles by rule: on an H200 few pixels won at ten of eleven shapes, for groups of 64 rows and of 128."""
+    return Tiles(16, 128 if rows_per_group > 32 else max(16, triton.next_power_of_2(rows_per_group)), 32)
 
 
 def launch(
@@ -189,7 +181,7 @@ def launch(
         "PRECISION": precision(kernel), "WIDEN": INTERPRETED and x.dtype == torch.bfloat16,
     }  # fmt: skip
     if tiles is None:
-        tiles = choose_tiles(pixels, groups, rows_per_group)
+        tiles = choose_tiles(rows_per_group)
     run = _tuned if isinstance(tiles, str) else shuffled_block
     meta |= {} if isinstance(tiles, str) else config(tiles).all_kwargs()
     with torch.cuda.device_of(x):
