@@ -135,7 +135,7 @@ def compile(
                     compile at the first call
     dynamic_batch   accept any batch size
     formats         how the remaining weights are stored. "auto": dense or a sparse format, whichever is measured faster
-                    (or, with measure=False, holds clearly less); "dense": always dense; a format's name,
+                    (or, on a CPU with measure=False, holds clearly less); "dense": always dense; a format's name,
                     "shuffled_block", "unstructured" or "n_m": wherever it fits, whatever the time
     verify          "end": compare with the masked model once; "each": after every pass, naming the one that broke it;
                     "off"

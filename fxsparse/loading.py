@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from fxsparse.backend import Target, find_target, for_all_sizes
-from fxsparse.backend.target import Runnable
+from fxsparse.backend.target import COMPILING, Runnable
 from fxsparse.ir.inputs import LAYOUTS, device_of
 from fxsparse.ir.shapes import propagate
 from fxsparse.module import Build, SparseModule
@@ -26,8 +26,8 @@ log = logging.getLogger("fxsparse")
 def load(path: str | os.PathLike[str], *, target: str | None = None, native: bool = False) -> SparseModule:
     """The module that `SparseModule.save` wrote: the same graph, weights and report.
 
-    On the same machine its outputs are the same, bit for bit. Nothing of the file is run: it holds tensors and JSON,
-    and every name in the JSON is looked up in lists.
+    On the same CPU its outputs are the same, bit for bit; on a GPU libraries choose anew how to multiply. Nothing of
+    the file is run: it holds tensors and JSON, and every name in the JSON is looked up in lists.
 
     target  what runs it, when it is not to be the one it was compiled for: "eager" needs no compiler
     native  run the machine code that `save(path, native=True)` put in, if it was made for this processor and torch.
@@ -66,7 +66,8 @@ class _Lazily:
         with self._lock:
             if self._run is None:
                 log.info(self._what)
-                self._run = self._make()
+                with COMPILING:
+                    self._run = self._make()
         return self._run(*inputs)
 
 

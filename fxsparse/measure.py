@@ -161,7 +161,7 @@ class LayerTimes:
         return self._look_up(_Case.of(node, rows, columns, self.batch))
 
     def of_format(self, node: fx.Node, packed: object, summed: bool = False) -> float:
-        """Seconds for `node` with its weight packed and its rows in order, at the batch given.
+        """Seconds for `node` with its weight packed (on a CPU with its rows in order), at the batch given.
 
         summed  with the sum that follows it, where the format's operator does that too
         """
@@ -221,7 +221,9 @@ class _Case:
         if node.target is aten.linear.default:
             shape[-1] = columns
             key = ("linear or onednn", tuple(shape), rows, *_kind(weight))
-            return _Case.on(weight.device, key, lambda: _linear(_ones(shape, weight), _ones([rows, columns], weight)))
+            return _Case.on(
+                weight.device, key, lambda: _linear(_filled(shape, weight), _filled([rows, columns], weight))
+            )
         return _convolution(node, shape, weight, rows, columns)
 
 
@@ -241,10 +243,10 @@ def _n_m_case(packed: NM, node: fx.Node, batch: int, summed: bool) -> _Case:
     shape = [*concrete(cast(fx.Node, node.args[0]), batch)[:-1], packed.shape[1]]
     key = ("n_m", digest("n_m"), tuple(shape), packed.shape, packed.n, packed.m, *_kind(val))
     if val.is_cuda:
-        return _Case.on(val.device, key, lambda: semi_structured.run(_ones(shape, val), unpack(packed)))
+        return _Case.on(val.device, key, lambda: semi_structured.run(_filled(shape, val), unpack(packed)))
 
     def make() -> Build:
-        x, out = _ones(shape, val), _ones([*shape[:-1], packed.shape[0]], val)
+        x, out = _filled(shape, val), _filled([*shape[:-1], packed.shape[0]], val)
         arguments = (x, packed.values, packed.codes, None, *packed.shape, packed.n, packed.m)
         kept = Memory()
         return lambda: n_m_into(*arguments, kept.empty_like(out))
@@ -267,14 +269,14 @@ def _shuffled_block_case(packed: ShuffledBlock, node: fx.Node, batch: int, summe
     source = triton_digest() if val.is_cuda else digest("shuffled_block")
     key = ("shuffled_block", source, tuple(shape), packed.shape, str(geometry), summed, blocks, *_kind(val))
     if val.is_cuda:
-        return _Case.on(val.device, key, lambda: shuffled_block_gpu.run(packed, _ones(shape, val), geometry))
+        return _Case.on(val.device, key, lambda: shuffled_block_gpu.run(packed, _filled(shape, val), geometry))
 
     def make() -> Build:
-        x = _ones(shape, val)
+        x = _filled(shape, val)
         in_order = dataclasses.replace(packed, rows=torch.arange(len(packed.rows), dtype=torch.int32, device="cpu"))
         windows = [list(geometry.get(n, p)) for n, p in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1)))]
         out = multiply(in_order, x, **geometry)
-        residual = _ones(out.shape, val) if summed else None
+        residual = _filled(out.shape, val) if summed else None
         layer = fold(in_order.tensors, None, packed.shape, windows, "none", packed.lanes)
         kept = Memory()
         return lambda: shuffled_block_into(x, in_order.values, layer, residual, kept.empty_like(out))
@@ -282,13 +284,17 @@ def _shuffled_block_case(packed: ShuffledBlock, node: fx.Node, batch: int, summe
     return _Case(key, make)
 
 
-def _kind(x: Tensor) -> tuple[str, str]:
+def _kind(x: Tensor) -> tuple[str, ...]:
     """What a time depends on beside shapes."""
-    return str(x.dtype), device_name(x.device)
+    kind = (str(x.dtype), device_name(x.device))
+    if not x.is_cuda or x.dtype != torch.float32:
+        return kind
+    switches: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]  # type: ignore[attr-defined]
+    return *kind, *(str(switch.fp32_precision) for switch in switches)  # tf32 or not: eight times as fast
 
 
-def _ones(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Noise on a GPU: the less bits change, the faster it runs."""
+def _filled(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Ones, and noise on a GPU: the fewer bits change, the faster it runs."""
     make = torch.randn if like.is_cuda else torch.ones
     return make(list(shape), dtype=like.dtype, device=like.device)
 
@@ -316,7 +322,7 @@ def _convolution(node: fx.Node, shape: list[int], weight: Tensor, rows: int, col
     key = ("conv", tuple(shape), rows, tuple(taps), str(settings), groups, *_kind(weight))
 
     def make() -> Build:
-        x, w = _ones(shape, weight), _ones([rows, columns, *taps], weight)
+        x, w = _filled(shape, weight), _filled([rows, columns, *taps], weight)
         if w.is_cuda and w.dim() == 4:  # as Inductor lays images out there
             x, w = (t.contiguous(memory_format=torch.channels_last) for t in (x, w))
         return onednn_convolution(x, w, settings, groups) or _eager(node, x, w, settings, groups)

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from fxsparse.backend import Target, find_target, for_all_sizes
 from fxsparse.backend.inductor import Inductor
 from fxsparse.backend.target import COMPILING, Runnable
-from fxsparse.errors import InputError
+from fxsparse.errors import InputError, TargetError
 from fxsparse.ir.files import writing
 from fxsparse.ir.graph import flat
 from fxsparse.ir.inputs import LAYOUTS, Call, Prepare, as_is, device_of, same_constant
@@ -201,7 +201,8 @@ class SparseModule(nn.Module):
 
         dynamic_batch  one library for any batch size; otherwise it is for the example's shapes only
         The library does not check its inputs: they must have the example's shapes, dtypes and memory format.
-        Raises InputError for a path that is no .pt2 or cannot be written, TargetError without a C++ compiler.
+        Raises InputError for a path that is no .pt2 or cannot be written, TargetError without a C++ compiler and for
+        packed layers on a GPU.
         """
         build = self._built("save_aoti")
         check_suffix(path, "path of save_aoti")
@@ -254,7 +255,11 @@ def _native(build: Build, lowered_by: Target) -> tuple[bytes, Mapping[str, str]]
     device = device_of(build.example)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.pt2"
-        compile_aoti(flat(build.gm), Call(tuple(build.prepared), {}), path)
+        try:
+            compile_aoti(flat(build.gm), Call(tuple(build.prepared), {}), path)
+        except TargetError as error:
+            log.warning("no native code is saved: %s", error.got)
+            return None, None
         return path.read_bytes(), machine(device)
 
 

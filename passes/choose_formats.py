@@ -15,6 +15,7 @@ from typing import cast
 from torch import Tensor, fx
 
 from fxsparse.analysis.reasons import is_layer
+from fxsparse.errors import FxSparseError, first_line
 from fxsparse.formats import FORMATS, Format
 from fxsparse.formats.format import Packed
 from fxsparse.ir.decision import Decision
@@ -103,11 +104,14 @@ def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Dec
         return Decision("choose_formats", name, what, f"{share:.0%} of the dense layer's work", False)
     data = {"node": node, "format": fmt.name, "groups": groups, "packed": packed, "share": share}
     if ctx.time_format is None or ctx.time_layer is None or ctx.force_formats:
-        why = "" if ctx.force_formats else fmt.why_not_untimed(node)
+        why = "" if ctx.force_formats or ctx.standard_operators else fmt.why_not_untimed(node)
         accepted = (share < MODELLED and not why) or ctx.force_formats
         return Decision("choose_formats", name, what, why or f"{share:.0%} of the work, not timed", accepted, data)
     dense_us = ctx.time_layer(node, *_widths(weight)) * 1e6
-    sparse_us = ctx.time_format(node, packed) * 1e6
+    try:
+        sparse_us = ctx.time_format(node, packed) * 1e6
+    except (FxSparseError, RuntimeError) as error:  # a GPU's kernels are Triton's and cuSPARSELt's: some cannot run
+        return Decision("choose_formats", name, what, f"it cannot run here: {first_line(error)}", False)
     faster = sparse_us < FASTER * dense_us
     why = f"{share:.0%} of the work: {sparse_us:.0f} us, dense {dense_us:.0f} us"
     data |= {"dense_us": dense_us, "sparse_us": sparse_us}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import fxsparse
 from fxsparse.backend import cuda_graph
 from fxsparse.backend.cuda_graph import WARM_UPS, CudaGraph, captured
+from fxsparse.formats.semi_structured import SEARCHING
 
 CPU = torch.device("cpu")
 
@@ -105,17 +106,18 @@ def test_the_run_is_warmed_up_on_another_stream_and_then_captured(cuda: FakeCuda
     ]  # fmt: skip
 
 
-def test_cudnn_times_its_algorithms_while_it_is_made(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_time_their_algorithms_while_it_is_made(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     seen = []
 
     def run(x: Tensor) -> tuple[Tensor]:
-        seen.append(torch.backends.cudnn.benchmark)
+        seen.append(torch.backends.cudnn.benchmark and SEARCHING.get())
         return (x + 1,)
 
     CudaGraph(run, [torch.ones(2)], CPU)
     assert seen == [True] * (WARM_UPS + 1)
     assert not torch.backends.cudnn.benchmark
+    assert not SEARCHING.get()
 
 
 def test_results_and_inputs_of_a_call_are_not_touched_by_the_next(cuda: FakeCuda) -> None:

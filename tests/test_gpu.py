@@ -20,15 +20,19 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fxsparse
 from fxsparse.backend import inductor
+from fxsparse.backend.any_size import Assumptions
 from fxsparse.errors import InputError, TargetError
-from fxsparse.formats import FORMATS, KERNELS
+from fxsparse.formats import FORMATS
 from fxsparse.formats.gpu import for_gpu
 from fxsparse.formats.shuffled_block import pack
 from fxsparse.formats.shuffled_block_gpu import tiled, transposed
+from fxsparse.ir.capture import capture
 from fxsparse.ir.graph import call_nodes, flat
 from fxsparse.ir.inputs import CUDNN_BATCH, Call, exported
+from fxsparse.ir.masks import Masks
 from fxsparse.kernels.triton import ACTIVATIONS, Tiles, shuffled_block_transposed
 from fxsparse.package import aoti
+from fxsparse.passes import Context, choose_formats
 from tests.test_shuffled_block import allowed, blocks
 from tests.test_storage import Of, integers
 from tests.test_triton_shuffled_block import DTYPES, Run, run
@@ -60,7 +64,18 @@ class Branches(nn.Module):
 def test_a_limit_of_the_model_s_own_is_still_refused() -> None:
     with pytest.raises(torch._dynamo.exc.UserError, match="max=100"):
         exported(Branches(), Call((torch.zeros(2, 3),), {}), dynamic_batch=True)
-    assert CUDNN_BATCH != 100
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_code_for_any_size_keeps_to_the_limit_it_was_traced_with(fake: FakeTensorMode, device: str) -> None:
+    with fake, torch.device(device):
+        model, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval(), torch.empty(2, 3, 5, 5)
+    graph = exported(model, Call((x,), {}), dynamic_batch=True).graph
+    assumed = Assumptions([graph.find_nodes(op="placeholder")[-1].meta["val"], 2.0], [])
+    assert assumed.any == (device == "cuda")
+    sizes = [torch.empty(CUDNN_BATCH + more, 3, 5, 5, device="meta") for more in (0, 1)]
+    assert [assumed.hold([size]) for size in sizes] == [True, device == "cpu"]
+    assert not Assumptions([torch.empty(4, 3)], []).any
 
 
 # ------------------------------------------------------------ the kernel
@@ -168,13 +183,10 @@ def exact_of(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
         return own, model.double()(x.double())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_graph_for_a_gpu_computes_the_same(dtype: torch.dtype) -> None:
     fast, x = packed_mlp(dtype)
     gm = for_gpu(flat(fast.graph_module))
-    if dtype == torch.float64:  # there is no kernel
-        assert not list(call_nodes(gm, transposed))
-        return
     first, second = call_nodes(gm, transposed)
     assert [first.args[-1], second.args[-1]] == ["gelu", "none"]
     for tokens in (x, integers(7, 5, 64).to(dtype)):
@@ -212,7 +224,35 @@ def test_what_a_gpu_has_no_kernel_for_is_said(fake: FakeTensorMode) -> None:
             assert whys[0].startswith(of_conv)
             assert whys[1].startswith(of_linear)
             assert [bool(w) for w in whys] == [bool(of_conv), bool(of_linear)]
-    assert set(KERNELS["cuda"]) < set(FORMATS)
+        wide = torch.empty(32, 16, 32, 32)
+        assert "height + width up to 63" in FORMATS["shuffled_block"].why_not(nodes[0], wide)
+
+
+def test_a_format_that_cannot_be_timed_leaves_the_layer_dense() -> None:
+    def fails(*_: Any) -> float:
+        raise RuntimeError("no kernel image is available\nand more")
+
+    decisions = decided(Context(formats=("shuffled_block",), time_layer=lambda *_: 1.0, time_format=fails))
+    assert [(d.accepted, d.why) for d in decisions] == [
+        (False, "it cannot run here: RuntimeError: no kernel image is available")
+    ] * 2
+
+
+@pytest.mark.parametrize("standard", [False, True])
+def test_on_a_gpu_nothing_is_chosen_untimed_but_by_targets_that_time_models(standard: bool) -> None:
+    decisions = decided(Context(formats=("shuffled_block",), standard_operators=standard), device="cuda")
+    assert [d.accepted for d in decisions] == [standard] * 2
+    assert all(standard or d.why == "on a GPU only a timing can tell" for d in decisions)
+
+
+def decided(ctx: Context, device: str = "cpu") -> list[Any]:
+    """What choose_formats says of the two layers; on a GPU their values are fake."""
+    gm = capture(packed_model(), (integers(3, 5, 64),), Masks(), dynamic_batch=False)
+    for node in gm.graph.nodes:
+        if device != "cpu" and isinstance(node.meta.get("val"), Tensor):
+            with node.meta["val"].fake_mode:
+                node.meta["val"] = torch.empty(node.meta["val"].shape, device=device)
+    return choose_formats.plan(gm, ctx)
 
 
 def test_on_a_gpu_only_libraries_are_tuned_unless_inductor_is_told_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +286,21 @@ def test_packed_layers_on_a_gpu(dtype: torch.dtype, target: str) -> None:
     for tokens in (x, integers(7, 5, 64).to("cuda", dtype), integers(40, 5, 64).to("cuda", dtype)):
         own, exact = exact_of(packed_model().to("cuda", dtype), tokens)
         assert float((fast(tokens).double() - exact).abs().max()) <= allowed(own, exact)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("kind", ["shuffled_block", "n_m"])
+def test_a_package_comes_back_on_a_gpu(tmp_path: Any, kind: str) -> None:
+    model = nn.Linear(256, 128).eval()
+    with torch.no_grad():
+        model.weight.copy_(blocks((128, 256), 64, 0.3, 0))
+        model.weight.view(-1, 4)[:, :2] = 0
+    x = torch.randn(16, 256, device="cuda", dtype=torch.float16)
+    options: dict[str, Any] = {"formats": kind, "measure": False, "target": "eager"}
+    fast = fxsparse.compile(model.to("cuda", torch.float16), example_inputs=x, **options)
+    fast.save(tmp_path / "m.fxsparse")
+    torch.testing.assert_close(fxsparse.load(tmp_path / "m.fxsparse")(x), fast(x))
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -444,7 +445,14 @@ def test_a_graph_for_a_gpu_has_its_own_operator(monkeypatch: pytest.MonkeyPatch)
         assert len(calls) == available
         for call in calls:
             assert torch.equal(get_tensor(gm, str(call.args[1].target)), model.layers["a"].weight)
-            assert call.args[3] == 128
+            assert [str(call.args[0].args[0]), str(call.args[2].target), call.args[3]] == ["x", "layers.a.bias", 128]
+
+
+def test_arrays_on_a_gpu_are_checked_there() -> None:
+    packed = pack(weight(16, 8, 2, 4), 2, 4)
+    with FakeTensorMode():
+        codes = torch.empty(packed.codes.shape, dtype=torch.int32, device="cuda")
+        assert columns_of(SimpleNamespace(codes=codes, n=2, m=4, shape=(16, 8))).device.type == "cuda"
 
 
 def outcomes(monkeypatch: pytest.MonkeyPatch, *results: Any) -> list[list[str]]:
@@ -467,9 +475,13 @@ def test_an_algorithm_that_another_process_found_is_used(monkeypatch: pytest.Mon
     died, hung = subprocess.CalledProcessError(-6, "search"), subprocess.TimeoutExpired("search", 1)
     called = outcomes(monkeypatch, "a warning\n17\n", died, hung, "", "no number", OSError("no such program"))
     device = torch.device("cuda:1")
-    found = [search(128, 256, 8, torch.float16, True, device) for _ in range(6)]
+    found = [search(128, 256, 8, torch.float16, device) for _ in range(6)]
     assert found == [17, *[DEFAULT] * 5]
-    assert called[0][-6:] == ["128", "256", "8", "1", "float16", "cuda:1"]
+    assert called[0][-5:] == ["128", "256", "8", "float16", "cuda:1"]
+    for name, value in (("executable", ""), ("frozen", True)):  # nothing that could be started
+        monkeypatch.setattr(sys, name, value, raising=False)
+        assert search(128, 256, 8, torch.float16, device) == DEFAULT
+    assert len(called) == 6
 
 
 def test_it_is_searched_once_and_never_inside_a_cuda_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -477,9 +489,9 @@ def test_it_is_searched_once_and_never_inside_a_cuda_graph(monkeypatch: pytest.M
     monkeypatch.setattr(semi_structured, "_FOUND", {})
     capturing, x, compressed = False, torch.empty(8, 64, dtype=torch.float16), torch.empty(96, 36)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    ask = partial(semi_structured._algorithm, compressed, x, None)
+    ask = partial(semi_structured._algorithm, compressed, x)
     assert (ask(), called) == (DEFAULT, [])
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(semi_structured, "SEARCHING", SimpleNamespace(get=lambda: True))
     capturing = True
     assert (ask(), called) == (DEFAULT, [])
     capturing = False
@@ -490,7 +502,7 @@ def test_it_is_searched_once_and_never_inside_a_cuda_graph(monkeypatch: pytest.M
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 def test_the_process_that_searches_comes_as_far_as_the_device() -> None:
-    words = [sys.executable, "-P", semi_structured_search.__file__, "128", "256", "8", "1", "float16", "cuda:0"]
+    words = [sys.executable, "-P", semi_structured_search.__file__, "128", "256", "8", "float16", "cuda:0"]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "torch._C._cuda_init()" in done.stderr

@@ -277,34 +277,35 @@ def test_an_infinity_that_no_group_reads_stays_out_of_the_padding_of_a_tile(run:
     assert run(infinity_unread)
 
 
-def compiled(cache: str, dtype: str, precision: str, capability: int) -> str:
+def compiled(name: str, cache: str, dtype: str, precision: str, capability: int) -> str:
     """PTX for a device that need not be here: the interpreter knows nothing of types, layouts or tensor cores."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fxsparse.kernels.triton.shuffled_block import shuffled_block
-
+    kernel = getattr(import_module(f"fxsparse.kernels.triton.{name}"), name)
     constants: dict[str, Any] = {
         "KERNEL_H": 3, "KERNEL_W": 3, "BORDER": True, "ACTIVATION": "gelu", "PRECISION": precision, "WIDEN": False,
         "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "bias": None,
     }  # fmt: skip
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = dict.fromkeys(["x", "values", "y", "residual"], f"*{dtype}") | {"value_ptr": "*i64"}
     types |= dict.fromkeys(["rows", "row_ptr", "columns", "column_ptr"], "*i32") | dict.fromkeys(constants, "constexpr")
-    signature = {name: types.get(name, "i32") for name in shuffled_block.arg_names}
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
     os.environ["TRITON_CACHE_DIR"] = cache
-    source = ASTSource(shuffled_block, signature, constants)
+    source = ASTSource(kernel, signature, constants)
     return str(triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler for NVIDIA comes with Linux builds only")
-def test_it_compiles_to_tensor_cores_and_to_tf32_only_when_told(native: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["shuffled_block", "transposed"])
+def test_it_compiles_to_tensor_cores_and_to_tf32_only_when_told(native: Run, tmp_path: Path, name: str) -> None:
     wanted = {
         ("bf16", "ieee", 90): {("wgmma", "bf16.bf16")},
         ("fp32", "tf32", 80): {("mma", "tf32.tf32")},
         ("fp32", "ieee", 80): set(),
     }
-    ptx = {arguments: native(compiled, str(tmp_path), *arguments) for arguments in wanted}
+    ptx = {arguments: native(compiled, name, str(tmp_path), *arguments) for arguments in wanted}
     found = {key: set(re.findall(r"(w?g?mma)\.\S*?(f16\.f16|bf16\.bf16|tf32\.tf32)", ptx[key])) for key in ptx}
     assert found == wanted
 

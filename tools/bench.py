@@ -91,11 +91,11 @@ MATRIX: list[dict[str, Any]] = [
     for i, sparsity in enumerate((0.2, 0.5, 0.74, 0.95))
 ]
 GPU: list[dict[str, Any]] = [
-    {"model": model, "recipe": recipe, "sparsity": sparsity, "rows": rows, "batch": 32, "threads": 1}
-    for model, recipe, sparsity, rows in (
-        ("vit_b_16", "shuffled_blocks", 0.74, 128), ("vit_l_16", "shuffled_blocks", 0.74, 128),
-        ("vit_l_16", "two_four", 0.5, 32), ("resnet50", "refill_coupled", 0.5, 32),
-        ("vit_b_16", "heads_and_neurons", 0.5, 32),
+    {"model": model, "recipe": recipe, "sparsity": sparsity, "rows": rows, "batch": 32, "threads": 4, "dtype": dtype}
+    for model, recipe, sparsity, rows, dtype in (
+        ("resnet50", "refill_coupled", 0.5, 32, "float16"), ("resnet50", "refill_coupled", 0.5, 32, "float32"),
+        ("vit_b_16", "heads_and_neurons", 0.5, 32, "bfloat16"), ("vit_l_16", "two_four", 0.5, 32, "bfloat16"),
+        ("vit_l_16", "shuffled_blocks", 0.74, 128, "bfloat16"),
     )
 ]  # fmt: skip
 Inputs = tuple[Tensor, ...]
@@ -147,7 +147,7 @@ def run_suite(arguments: argparse.Namespace) -> int:
     """Each case in a process of its own: threads and caches are its own too. What the file has is not run again."""
     failed = 0
     had = _rows_in(arguments.out) if arguments.out and arguments.out.exists() else []
-    wanted = [{**case, "dtype": arguments.dtype, "target": arguments.target} for case in SUITES[arguments.suite]]
+    wanted = [{"dtype": arguments.dtype, **case, "target": arguments.target} for case in SUITES[arguments.suite]]
     cases = [case for case in wanted if not any(case.items() <= row.items() for row in had)]
     for i, case in enumerate(cases):
         print(f"[{i + 1}/{len(cases)}] {case}", file=sys.stderr, flush=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
 
@@ -29,13 +32,22 @@ class Assumptions:
                     found.setdefault(size.node.expr, (i, dim, size))
         self.where = [(i, dim) for i, dim, _ in found.values()]
         sizes = [size for _, _, size in found.values()]
+        if not sizes:
+            self.any = False
+            return
         self.env = sizes[0].node.shape_env
         text = self.env.produce_guards_expression(placeholders=sizes, guards=list(guards))
         self.code = compile(text or "True", "<assumptions>", "eval")
+        # A size may be traced with a limit (`ir.inputs.CUDNN_BATCH`), and code for it count with 32 bits therefore.
+        uppers = [self.env.bound_sympy(size.node.expr).upper for size in sizes]
+        self.most = [int(upper) if isinstance(upper, sympy.Integer) else math.inf for upper in uppers]
+        self.any = bool(guards) or min(self.most, default=math.inf) < math.inf
 
     def hold(self, inputs: Sequence[Any]) -> bool:
         """For the sizes of these inputs."""
-        return bool(self.env.evaluate_guards_expression(self.code, [inputs[i].shape[dim] for i, dim in self.where]))
+        sizes = [inputs[i].shape[dim] for i, dim in self.where]
+        within = all(map(operator.le, sizes, self.most))
+        return within and bool(self.env.evaluate_guards_expression(self.code, sizes))
 
 
 class AnySize:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fxsparse.backend.target import Runnable
+from fxsparse.backend.target import COMPILING, Runnable
+from fxsparse.formats.semi_structured import SEARCHING
 from fxsparse.ir.inputs import device_of
 
 log = logging.getLogger("fxsparse")
@@ -31,7 +32,7 @@ class CudaGraph:
     def __init__(self, run: Runnable, inputs: Sequence[Any], device: torch.device) -> None:
         self._run, self._device, self._lock = run, device, threading.Lock()
         self._inputs = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
-        with torch.no_grad(), torch.cuda.device(device), _cudnn_tries():
+        with torch.no_grad(), torch.cuda.device(device), _libraries_try():
             self._warm_up()
             self._graph, self._done = torch.cuda.CUDAGraph(), torch.cuda.Event()
             # Another thread may allocate meanwhile; only what this one does belongs to the graph.
@@ -62,13 +63,16 @@ class CudaGraph:
 
 
 @contextlib.contextmanager
-def _cudnn_tries() -> Iterator[None]:
-    """Inside, cuDNN times its algorithms for every new convolution: the graph keeps the fastest for good."""
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
+def _libraries_try() -> Iterator[None]:
+    """Inside, cuDNN and cuSPARSELt time their algorithms for every new layer: the graph keeps the fastest for good."""
+    searching = SEARCHING.set(True)
+    with COMPILING:  # cuDNN's switch is the process's
+        before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = before
+            SEARCHING.reset(searching)
 
 
 def captured(run: Runnable, inputs: Sequence[Any]) -> Runnable:

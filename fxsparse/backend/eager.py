@@ -11,8 +11,7 @@ from torch import fx
 from fxsparse.backend.cuda_graph import captured
 from fxsparse.backend.target import Runnable, Target
 from fxsparse.formats import KERNELS
-from fxsparse.formats.gpu import for_gpu
-from fxsparse.ir.graph import flat, on_gpu
+from fxsparse.formats.gpu import placed
 from fxsparse.kernels.build import compiler
 
 
@@ -29,4 +28,4 @@ class Eager(Target):
         return captured(self.lower_dynamic(gm), inputs)
 
     def lower_dynamic(self, gm: fx.GraphModule) -> Runnable:
-        return cast(Runnable, for_gpu(flat(gm)) if on_gpu(gm) else flat(gm))
+        return cast(Runnable, placed(gm))

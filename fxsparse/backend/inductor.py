@@ -24,7 +24,7 @@ from fxsparse.backend.onednn import faster_products
 from fxsparse.backend.target import Runnable, Target
 from fxsparse.errors import TargetError
 from fxsparse.formats import BY_OPERATOR, KERNELS
-from fxsparse.formats.gpu import for_gpu
+from fxsparse.formats.gpu import placed
 from fxsparse.ir.graph import arg, aten, fake_mode, flat, is_ours, on_gpu
 from fxsparse.kernels.build import compiler, compilers
 
@@ -71,10 +71,10 @@ class Inductor(Target):
             run = torch._inductor.standalone_compile(
                 module, fake, dynamic_shapes="from_tracing_context", options=patches
             )
-        assumed = mode.shape_env.guards[before:]
-        if not assumed:
+        assumed = Assumptions(fake, mode.shape_env.guards[before:])
+        if not assumed.any:
             return cast(Runnable, run)
-        return AnySize(functools.partial(self.lower, gm), flat(gm), cast(Runnable, run), Assumptions(fake, assumed))
+        return AnySize(functools.partial(self.lower, gm), placed(gm), cast(Runnable, run), assumed)
 
 
 @contextlib.contextmanager
@@ -110,7 +110,7 @@ def _no_word_of_saving() -> Iterator[None]:
 
 def lowered(gm: fx.GraphModule) -> fx.GraphModule:
     """A flat clone with our operators as they run best where `gm` is."""
-    return for_gpu(flat(gm)) if on_gpu(gm) else with_memory(flat(gm))
+    return placed(gm) if on_gpu(gm) else with_memory(flat(gm))
 
 
 def with_memory(gm: fx.GraphModule) -> fx.GraphModule:

@@ -14,7 +14,12 @@ from torch import fx
 from fxsparse.formats import semi_structured, shuffled_block_gpu
 from fxsparse.formats.n_m_op import n_m
 from fxsparse.formats.shuffled_block_op import shuffled_block
-from fxsparse.ir.graph import arg, call_nodes, erase_unused
+from fxsparse.ir.graph import arg, call_nodes, erase_unused, flat, on_gpu
+
+
+def placed(gm: fx.GraphModule) -> fx.GraphModule:
+    """A flat clone of `gm` as it runs where its weights are."""
+    return for_gpu(flat(gm)) if on_gpu(gm) else flat(gm)
 
 
 def for_gpu(gm: fx.GraphModule) -> fx.GraphModule:

@@ -148,7 +148,7 @@ def columns_of(packed: NM) -> Tensor:
     """Which of its M columns every value is in: int64 [G, Q, N, 16], as `values` are."""
     bits, together = _layout(packed.n, packed.m)
     groups, _, rows = packed.codes.shape
-    shifts = (bits * torch.arange(together * packed.n, device="cpu")).view(together, packed.n, 1)
+    shifts = (bits * torch.arange(together * packed.n, device=packed.codes.device)).view(together, packed.n, 1)
     columns = (packed.codes.long()[:, :, None, None] >> shifts) & (packed.m - 1)
     return columns.view(groups, -1, packed.n, rows)[:, : packed.shape[1] // packed.m]
 

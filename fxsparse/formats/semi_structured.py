@@ -3,19 +3,21 @@
     semi_structured(x, compressed, bias, rows) -> x @ w.T + bias
 
 `compressed` is what torch._cslt_compress makes of the weight on this GPU: `gpu.for_gpu` puts the operator in the place
-of `n_m` where a graph is lowered. x is [..., I]; tokens are filled up to a multiple of 8, as the library asks. Where
-cuDNN is told to try its algorithms, so are cuSPARSELt's, once for every number of tokens (`semi_structured_search`).
+of `n_m` where a graph is lowered. x is [..., I]; tokens are filled up to a multiple of 8, as the library asks. While a
+build is made the fastest of its algorithms is searched for (`semi_structured_search`), for the example's tokens.
 Source: torch.sparse.SparseSemiStructuredTensorCUSPARSELT, without its tensor subclass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 
 from fxsparse.formats.n_m import NM, unpack
@@ -26,6 +28,7 @@ from fxsparse.ir.graph import get_tensor, new_weight
 LIBRARY.define("semi_structured(Tensor x, Tensor compressed, Tensor? bias, int rows) -> Tensor", tags=TAGS)
 semi_structured = torch.ops.fxsparse.semi_structured.default
 _SIZES = SparseSemiStructuredTensorCUSPARSELT._DTYPE_SHAPE_CONSTRAINTS
+SEARCHING: ContextVar[bool] = ContextVar("searching", default=False)  # whether a build is being made
 _DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -33,6 +36,8 @@ def why_not(weight: Tensor) -> str:
     """Why a 2:4 weight [O, I] on CUDA cannot be stored so; empty when it can."""
     if not torch.backends.cusparselt.is_available():
         return "this build of torch has no cuSPARSELt"
+    if not isinstance(weight, FakeTensor) and torch.cuda.get_device_capability(weight.device) < (8, 0):
+        return "this GPU has no 2:4 product"
     if weight.dtype not in _DTYPES:
         return f"cuSPARSELt has no {str(weight.dtype).removeprefix('torch.')}"
     least = _SIZES[weight.dtype]
@@ -60,12 +65,13 @@ def run(x: Tensor, weight: Tensor) -> Callable[[], Tensor]:
 
 
 def _cuda(x: Tensor, compressed: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
     tokens = flat.shape[0]
     if not tokens:
         return x.new_empty([*x.shape[:-1], rows])
-    flat = F.pad(flat, (0, 0, 0, -tokens % _SIZES[x.dtype].dense_min_cols))
-    algorithm = _algorithm(compressed, flat, bias)
+    if short := -tokens % _SIZES[x.dtype].dense_min_cols:
+        flat = F.pad(flat, (0, 0, 0, short))
+    algorithm = _algorithm(compressed, flat)
     y = torch._cslt_sparse_mm(compressed, flat.t(), bias=bias, transpose_result=True, alg_id=algorithm)
     return y[:tokens].reshape([*x.shape[:-1], rows]).contiguous()
 
@@ -73,10 +79,10 @@ def _cuda(x: Tensor, compressed: Tensor, bias: Tensor | None, rows: int) -> Tens
 _FOUND: dict[tuple[Any, ...], int] = {}
 
 
-def _algorithm(compressed: Tensor, x: Tensor, bias: Tensor | None) -> int:
+def _algorithm(compressed: Tensor, x: Tensor) -> int:
     """The library's fastest for x [tokens, I] where it was, or is to be, searched; else its default."""
-    key = (compressed.shape[0], x.shape[1], x.shape[0], x.dtype, bias is not None, x.device)
-    if key not in _FOUND and torch.backends.cudnn.benchmark and not torch.cuda.is_current_stream_capturing():
+    key = (compressed.shape[0], x.shape[1], x.shape[0], x.dtype, x.device)
+    if key not in _FOUND and SEARCHING.get() and not torch.cuda.is_current_stream_capturing():
         _FOUND[key] = search(*key)
     return _FOUND.get(key, DEFAULT)
 

@@ -39,7 +39,7 @@ from fxsparse.kernels.cpu.shuffled_block import register_operator
 from fxsparse.kernels.cpu.shuffled_block import run as run_on_cpu
 from fxsparse.kernels.shared import ACTIVATIONS, epilogue, output_sizes
 from fxsparse.kernels.triton import DTYPES as TRITON_DTYPES
-from fxsparse.kernels.triton import shuffled_block_conv2d, shuffled_block_linear
+from fxsparse.kernels.triton import LARGEST_WINDOW, shuffled_block_conv2d, shuffled_block_linear
 
 Pair = Sequence[int]
 KERNEL_DTYPES = (torch.float32, torch.bfloat16)
@@ -204,6 +204,8 @@ class ShuffledBlockFormat(Format):
             return f"the kernel has no {str(weight.dtype).removeprefix('torch.')}"
         if weight.is_cuda and weight.dim() == 4 and weight.dtype != torch.float32:
             return "in 16 bits cuDNN's convolution is several times faster than a GPU's gathers"
+        if weight.is_cuda and sum(weight.shape[2:]) > LARGEST_WINDOW:
+            return f"on a GPU the kernel takes windows of height + width up to {LARGEST_WINDOW}"
         return ""
 
     def why_not_untimed(self, node: fx.Node) -> str:

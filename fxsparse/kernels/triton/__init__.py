@@ -19,6 +19,7 @@ from fxsparse.kernels.shared import ACTIVATIONS, epilogue, output_sizes
 
 Pair = tuple[int, int]
 WHERE = "shuffled block kernel for CUDA"
+LARGEST_WINDOW = 63  # height + width: a bit each
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PACKED = {"rows": torch.int32, "row_ptr": torch.int32, "columns": torch.int32, "column_ptr": torch.int32,
           "values": None, "value_ptr": torch.int64}  # fmt: skip
@@ -55,7 +56,7 @@ def shuffled_block_conv2d(
     """activation(conv2d(x, the packed weight) + bias + residual), NHWC, ungrouped, zero padded, for inference.
 
     x           [N, H, W, I], contiguous, float16, bfloat16 or float32; sums are float32, and float32 is multiplied in
-                tf32 only when torch.backends.cuda.matmul.allow_tf32 says so
+                tf32 where PyTorch's switches allow it: cuDNN's for windows, that of matrix products for 1x1
     rows        [packed rows] int32, the output channel of each; group g holds rows[row_ptr[g]:row_ptr[g + 1]]
     columns     [sum K_g] int32, flat indices into [kH, kW, I]; group g keeps columns[column_ptr[g]:column_ptr[g + 1]]
     values      [sum K_g * L_g], dtype of x, L_g = the group's rows rounded up to 16; group g is a row-major [K_g, L_g]
@@ -163,9 +164,9 @@ def _check_packed(x: Tensor, packed: tuple[Tensor, ...], shape: str) -> None:
 
 def _output_shape(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, channels: int) -> torch.Size:
     """[N, OH, OW, O]. Raises InputError for a window that does not fit, or sizes beyond what the kernel counts with."""
-    if sum(kernel) > 63:
+    if sum(kernel) > LARGEST_WINDOW:
         do = "Leave this layer dense."
-        raise InputError("kernel", expected="height + width of at most 63", got=f"{kernel}", do=do)
+        raise InputError("kernel", expected=f"height + width of at most {LARGEST_WINDOW}", got=f"{kernel}", do=do)
     sizes = output_sizes(x.shape[1:3], kernel, stride, padding, dilation)
     if min(sizes) < 1:
         do = f"x is {_kind(x)}, kernel {kernel}, padding {padding}, dilation {dilation}."
