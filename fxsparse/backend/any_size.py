@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +19,8 @@ class Assumptions:
     """What Inductor took for granted about symbolic sizes when it made code for all of them ("at most 4096 of these").
 
     TorchDynamo would make guards of it. Without it, this asks before every call.
+
+    any  whether there is something to ask
     """
 
     def __init__(self, fake: Sequence[Any], guards: Sequence[Any]) -> None:
@@ -39,15 +39,12 @@ class Assumptions:
         text = self.env.produce_guards_expression(placeholders=sizes, guards=list(guards))
         self.code = compile(text or "True", "<assumptions>", "eval")
         # A size may be traced with a limit (`ir.inputs.CUDNN_BATCH`), and code for it count with 32 bits therefore.
-        uppers = [self.env.bound_sympy(size.node.expr).upper for size in sizes]
-        self.most = [int(upper) if isinstance(upper, sympy.Integer) else math.inf for upper in uppers]
-        self.any = bool(guards) or min(self.most, default=math.inf) < math.inf
+        limits = [self.env.bound_sympy(size.node.expr).upper for size in sizes]
+        self.any = bool(guards) or any(isinstance(limit, sympy.Integer) for limit in limits)
 
     def hold(self, inputs: Sequence[Any]) -> bool:
         """For the sizes of these inputs."""
-        sizes = [inputs[i].shape[dim] for i, dim in self.where]
-        within = all(map(operator.le, sizes, self.most))
-        return within and bool(self.env.evaluate_guards_expression(self.code, sizes))
+        return bool(self.env.evaluate_guards_expression(self.code, [inputs[i].shape[dim] for i, dim in self.where]))
 
 
 class AnySize:
