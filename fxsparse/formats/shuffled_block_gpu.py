@@ -87,7 +87,7 @@ def lower(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
 
 def _cuda(x: Tensor, *arguments: Any) -> Tensor:
     *packed, out_features, activation = arguments
-    flat = x.reshape(x.shape[0], -1)
+    flat = x.flatten(1) if x.dim() > 1 else x[:, None]
     tokens = flat.shape[1]
     if tokens % ALIGNED:  # else it reads elements one by one
         flat = F.pad(flat, (0, -tokens % ALIGNED))
