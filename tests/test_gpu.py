@@ -122,6 +122,14 @@ def test_a_row_in_no_group_is_refused() -> None:
         shuffled_block_transposed(torch.zeros(8, 3), *arrays, out_features=21)
 
 
+def test_tokens_first_are_refused_with_the_way_out() -> None:
+    arrays = tiled(pack(blocks((20, 8), 16, 0.5, 0)))
+    with pytest.raises(
+        InputError, match=r"\[I, tokens\]; got .*not contiguous.\n  Tokens lie side by side here: x.t\(\)"
+    ):
+        shuffled_block_transposed(torch.zeros(3, 8).t(), *arrays, out_features=20)
+
+
 def tiles_for(*shapes: tuple[Any, ...]) -> list[tuple[int, ...]]:
     module = import_module("fxsparse.kernels.triton.transposed")
     return [tuple(module.choose_tiles(*shape)) for shape in shapes[:-1]]  # the last is the device

@@ -17,7 +17,6 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.sparse import SparseSemiStructuredTensorCUSPARSELT
 
 from fxsparse.formats.n_m import NM, unpack
@@ -36,7 +35,7 @@ def why_not(weight: Tensor) -> str:
     """Why a 2:4 weight [O, I] on CUDA cannot be stored so; empty when it can."""
     if not torch.backends.cusparselt.is_available():
         return "this build of torch has no cuSPARSELt"
-    if not isinstance(weight, FakeTensor) and torch.cuda.get_device_capability(weight.device) < (8, 0):
+    if torch.cuda.get_device_capability(weight.device) < (8, 0):
         return "this GPU has no 2:4 product"
     if weight.dtype not in _DTYPES:
         return f"cuSPARSELt has no {str(weight.dtype).removeprefix('torch.')}"

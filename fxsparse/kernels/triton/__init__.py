@@ -148,7 +148,9 @@ def _load(name: str, x: Tensor) -> Any:
 
 def _check_packed(x: Tensor, packed: tuple[Tensor, ...], shape: str) -> None:
     if x.dim() != shape.count(",") + 1 or x.dtype not in DTYPES or not x.is_contiguous():
-        do = "A channels_last tensor becomes one without a copy: x.permute(0, 2, 3, 1)."
+        do = "Tokens lie side by side here: x.t().contiguous() of [tokens, I]."
+        if "H" in shape:
+            do = "A channels_last tensor becomes one without a copy: x.permute(0, 2, 3, 1)."
         raise InputError("x", expected=f"contiguous float16, bfloat16 or float32 {shape}", got=_kind(x), do=do)
     for (name, dtype), tensor in zip(PACKED.items(), packed, strict=True):
         dtype = dtype or x.dtype
@@ -191,7 +193,7 @@ def _check_shape(name: str, tensor: Tensor, wanted: tuple[int, ...], device: tor
     fits = tensor.shape == wanted and tensor.is_contiguous() and tensor.device == device
     if not fits or not tensor.is_floating_point():
         expected = f"a contiguous float tensor {list(wanted)} on {device}"
-        do = "Its layout is that of the output: channels last."
+        do = "Its layout is that of the output: channels last." if len(wanted) > 1 else "One number for each channel."
         raise InputError(name, expected=expected, got=_kind(tensor), do=do)
 
 

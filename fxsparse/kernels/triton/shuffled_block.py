@@ -105,6 +105,17 @@ def _store(
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _extent(group: tensor, row_ptr: tensor, column_ptr: tensor, value_ptr: tensor) -> tensor:
+    """A group's first row and how many, its first column and how many, its first value and a column's values."""
+    first_row = tl.load(row_ptr + group)
+    row_count = tl.load(row_ptr + group + 1) - first_row
+    first_column = tl.load(column_ptr + group)
+    column_count = tl.load(column_ptr + group + 1) - first_column
+    start = tl.multiple_of(tl.load(value_ptr + group), 16)
+    return first_row, row_count, first_column, column_count, start, tl.cdiv(row_count, 16) * 16
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def shuffled_block(
     x: tensor, rows: tensor, row_ptr: tensor, columns: tensor, column_ptr: tensor, values: tensor, value_ptr: tensor,
     bias: tensor, residual: tensor, y: tensor,
@@ -127,12 +138,7 @@ def shuffled_block(
     bits = pixel
     if BORDER:
         bits = _inside(top, left, height, width, dilation_h, dilation_w, KERNEL_H, KERNEL_W)
-    first_row = tl.load(row_ptr + group)
-    row_count = tl.load(row_ptr + group + 1) - first_row
-    first_column = tl.load(column_ptr + group)
-    column_count = tl.load(column_ptr + group + 1) - first_column
-    lanes = tl.cdiv(row_count, 16) * 16
-    start = tl.multiple_of(tl.load(value_ptr + group), 16)
+    first_row, row_count, first_column, column_count, start, lanes = _extent(group, row_ptr, column_ptr, value_ptr)
     for row0 in range(pid % slots * BLOCK_N, row_count, slots * BLOCK_N):
         lane = row0 + tl.arange(0, BLOCK_N)
         z = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)

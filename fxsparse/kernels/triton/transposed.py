@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.language import constexpr, tensor
 
 from fxsparse.kernels.triton import Tiles
-from fxsparse.kernels.triton.shuffled_block import INTERPRETED, _activate, config, precision
+from fxsparse.kernels.triton.shuffled_block import INTERPRETED, _activate, _extent, config, precision
 
 MULTIPROCESSORS = 132  # of an H100 or H200; others differ by little
 
@@ -36,12 +36,7 @@ def transposed(
     pid = tl.program_id(0)
     group = pid // slots % groups
     token = pid // (slots * groups) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_row = tl.load(row_ptr + group)
-    row_count = tl.load(row_ptr + group + 1) - first_row
-    first_column = tl.load(column_ptr + group)
-    column_count = tl.load(column_ptr + group + 1) - first_column
-    lanes = tl.cdiv(row_count, 16) * 16
-    start = tl.multiple_of(tl.load(value_ptr + group), 16)
+    first_row, row_count, first_column, column_count, start, lanes = _extent(group, row_ptr, column_ptr, value_ptr)
     for row0 in range(pid % slots * BLOCK_N, row_count, slots * BLOCK_N):
         lane = row0 + tl.arange(0, BLOCK_N)
         z = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
