@@ -256,10 +256,20 @@ def _rewrite(captured: Captured, options: Options) -> _Rewritten:
     shrunk = clone(gm) if whole and options.formats == "auto" else None
     stored = run_passes(gm, STORAGE, ctx, after_each)
     times.save()
-    chose = any(d.step == "choose_formats" for d in stored.accepted)
-    other = _Rewritten(captured, dense, shrunk, plan, rows, ref) if shrunk is not None and chose else None
     plan = plan + without_a_row(dense, rows, captured.masks, plan)
+    other = None
+    if shrunk is not None and any(d.step == "choose_formats" for d in stored.accepted):
+        other = _Rewritten(captured, dense, shrunk, plan + _outdone(stored), rows, ref)
     return _Rewritten(captured, dense, gm, plan + stored, with_formats(rows, layers, stored), ref, other)
+
+
+def _outdone(stored: Plan) -> Plan:
+    """What was decided about formats, for the report of a model that is faster without."""
+    chosen = [d for d in stored if d.step == "choose_formats"]
+    why = "the whole model is faster without formats"
+    return Plan(tuple(
+        dataclasses.replace(d, why=f"{d.why}; {why}", accepted=False) if d.accepted else d for d in chosen
+    ))  # fmt: skip
 
 
 def _context(leaves: list[Any], times: LayerTimes, options: Options) -> Context:

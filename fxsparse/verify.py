@@ -2,7 +2,8 @@
 
 error(y) = max |y - y64|, y64 being the masked model in float64. A result y may be off by `SLACK` times the error that
 the masked model itself makes in its dtype, images channels last or not, plus a floor of a few units in the last place
-of the largest output. In float64, its error is what a few last places more or less in every weight and input do. Of
+of the largest output. In float64, its error is what a few last places more or less in every weight and input do; in
+float32 on a GPU that may use tf32, at least what rounding those to its ten bits can do. Of
 integers and bools (an argmax, a threshold) those that differ are counted: what rounding turns over in the masked model,
 it may turn over here.
 """
@@ -18,11 +19,12 @@ import torch
 from torch import Tensor, fx
 
 from fxsparse.errors import VerificationError, first_line
-from fxsparse.ir.graph import clone, get_tensor, release, set_tensor
+from fxsparse.ir.graph import clone, get_tensor, on_gpu, release, set_tensor
 from fxsparse.ir.inputs import in_order
 
 SLACK = 4.0  # another order of summation makes an error of the same size, not the same error; maxima vary by a few
 FLOOR_ULP = 16.0
+TF32_EPS = 2.0**-10
 FLOOR_FLIPS = 4  # of many integers: where the reference turned none over, rounding may yet turn over a few
 
 
@@ -84,10 +86,9 @@ def reference(flat_gm: fx.GraphModule, inputs: Sequence[Any]) -> Reference:
         if any(map(_is_image, inputs)):
             others.append(_outputs(flat_gm(*map(_channels_last, inputs))))
         if any(isinstance(y, Tensor) and y.dtype == torch.float64 for y in others[0]):
-            generator = torch.Generator().manual_seed(0)
-            shaken = _shaken(wide, generator)
-            others.append(_outputs(shaken(*[_shake(x, generator) for x in inputs])))
-            release(shaken)
+            others.append(_shaken_outputs(wide, inputs, torch.float64, 4 * torch.finfo(torch.float64).eps))
+        if _may_use_tf32(flat_gm):
+            others.append(_shaken_outputs(flat_gm, inputs, torch.float32, TF32_EPS))
     release(wide)
     allowed = [max(map(_allowed, own, itertools.repeat(y))) for y, *own in zip(exact, *others, strict=True)]
     return Reference(tuple(inputs), tuple(exact), tuple(allowed))
@@ -127,22 +128,34 @@ def widen(gm: fx.GraphModule) -> fx.GraphModule:
     return wide
 
 
-def _shaken(gm: fx.GraphModule, generator: torch.Generator) -> fx.GraphModule:
-    """A float64 model is its own reference, and shows no error. This clone does: weights are off by a few last places.
+def _shaken_outputs(gm: fx.GraphModule, inputs: Sequence[Any], dtype: torch.dtype, width: float) -> list[Any]:
+    """What `gm` gives when every weight and input of `dtype` is off by up to half of `width`, relatively.
 
-    What that changes is what rounding can change, whatever the order of summation.
+    What that changes is what rounding can change, whatever the order of summation. A float64 model is its own
+    reference, and shows no error of its own; a float32 one shows no tf32 where its libraries happened to choose none.
     """
+    generator = torch.Generator().manual_seed(0)
+
+    def shake(x: Any) -> Any:
+        if not isinstance(x, Tensor) or x.dtype != dtype:
+            return x
+        noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device="cpu") - 0.5
+        return x * (1 + width * noise.to(x.device))
+
     shaken = clone(gm)
     for target in dict.fromkeys(str(n.target) for n in shaken.graph.find_nodes(op="get_attr")):
-        set_tensor(shaken, target, _shake(get_tensor(shaken, target), generator))
-    return shaken
+        set_tensor(shaken, target, shake(get_tensor(shaken, target)))
+    outputs = _outputs(shaken(*map(shake, inputs)))
+    release(shaken)
+    return outputs
 
 
-def _shake(x: Any, generator: torch.Generator) -> Any:
-    if not isinstance(x, Tensor) or x.dtype != torch.float64:
-        return x
-    noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device="cpu") - 0.5
-    return x * (1 + 4 * torch.finfo(x.dtype).eps * noise.to(x.device))
+def _may_use_tf32(gm: fx.GraphModule) -> bool:
+    """Whether torch's switches let a GPU multiply float32 with ten bits: windows, of which `gm` has some, or all."""
+    windows: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    has_windows = any(n.op == "call_function" and "conv" in str(n.target) for n in gm.graph.nodes)
+    switches = [torch.backends.cuda.matmul, *([windows] if has_windows else [])]
+    return on_gpu(gm) and any(switch.fp32_precision == "tf32" for switch in switches)
 
 
 def _wide_dtype(x: Any) -> Any:

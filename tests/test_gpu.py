@@ -27,12 +27,13 @@ from fxsparse.formats.gpu import for_gpu
 from fxsparse.formats.shuffled_block import pack
 from fxsparse.formats.shuffled_block_gpu import tiled, transposed
 from fxsparse.ir.capture import capture
-from fxsparse.ir.graph import call_nodes, flat
+from fxsparse.ir.graph import call_nodes, clone, flat, get_tensor, set_tensor
 from fxsparse.ir.inputs import CUDNN_BATCH, Call, exported
 from fxsparse.ir.masks import Masks
 from fxsparse.kernels.triton import ACTIVATIONS, Tiles, shuffled_block_transposed
 from fxsparse.package import aoti
 from fxsparse.passes import Context, choose_formats
+from fxsparse.verify import reference
 from tests.test_shuffled_block import allowed, blocks
 from tests.test_storage import Of, integers
 from tests.test_triton_shuffled_block import DTYPES, Run, run
@@ -279,3 +280,26 @@ def test_a_library_for_a_gpu_has_no_operators_that_python_runs(monkeypatch: pyte
     monkeypatch.setattr(aoti, "on_gpu", lambda gm: True)
     with pytest.raises(TargetError, match=r"got fxsparse.shuffled_block.default, whose kernel is called from it"):
         fast.save_aoti(tmp_path / "m.pt2")
+
+
+# ------------------------------------------------------------ verification
+
+
+def test_what_a_gpu_may_multiply_in_tf32_may_be_that_far_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 9, 9)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3)).eval()
+    gm = flat(capture(model, (x,), Masks(), dynamic_batch=False))
+    monkeypatch.setattr("fxsparse.verify.on_gpu", lambda gm: True)
+    limits: dict[bool, float] = {}
+    for tf32 in (False, True):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", tf32)
+        limits[tf32] = reference(gm, (x,)).allowed[0]
+    rounded = clone(gm)
+    for name in {str(n.target) for n in gm.graph.find_nodes(op="get_attr")}:
+        w = get_tensor(gm, name)
+        set_tensor(rounded, name, (w.view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32))
+    off = float((rounded(x)[0].double() - gm(x)[0].double()).abs().max())
+    assert 50 * limits[False] < off < limits[True] < 100 * off
+    monkeypatch.setattr("fxsparse.verify.on_gpu", lambda gm: False)
+    assert reference(gm, (x,)).allowed[0] == limits[False]

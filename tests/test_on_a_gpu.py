@@ -107,7 +107,7 @@ def test_another_process_loads_a_package_on_a_gpu(tmp_path: Any) -> None:
     words = [sys.executable, "-W", "ignore", "-c", program]
     environment = {**os.environ, "PYTHONPATH": str(Path(fxsparse.__file__).parents[1])}
     subprocess.run(words, cwd=tmp_path, env=environment, check=True, capture_output=True)
-    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), fast(x).cpu(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.load(tmp_path / "y.pt"), fast(x).cpu(), rtol=1e-2, atol=1e-3)  # tf32
 
 
 def test_resnet18_on_a_gpu_loses_channels_and_is_verified() -> None:

@@ -234,7 +234,8 @@ def test_the_reference_and_the_kernel_agree() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_operator_on_a_gpu_agrees_with_the_dense_one(dtype: torch.dtype) -> None:
+def test_the_operator_on_a_gpu_agrees_with_the_dense_one(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     for shape, size, p in (((64, 24, 3, 3), (2, 20, 13, 24), 1), ((100, 40), (3, 7, 40), 0)):
