@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ class _Build:
     run: Runnable
     prepare: Prepare
     target: Target
+    rewritten: fx.GraphModule | None = None  # of ours: the graph that it came from
 
 
 @dataclass
@@ -83,22 +84,23 @@ def contest(
     """
     runners, decisions = _runners(target, any_size)
     if not measure:
-        (own,) = _own_builds(runners[0], {"": sparse}, inputs, any_size)
+        own = next(_own_builds(runners[0], {"": sparse}, inputs, any_size))
         return Contest(sparse, own.run, as_is, own.target, "sparse", sparse, any_size, decisions=_decisions(own))
     competing, refused = _competing(runners, {"": sparse, **(also or {})}, inputs, any_size)
     rivals = dense_builds(dense, inputs, target, any_size)
     ours, best, runs = _fastest(competing, rivals, inputs)
-    timed = runs.ms
+    source, timed = ours.rewritten or ours.gm, runs.ms
     if not any_size and (refined := _refined(competing, rivals, runs, inputs)):
         ours, best, runs = _fastest([ours, refined[0]], [best, refined[1]], inputs)
         timed = {**timed, **runs.ms}
-    runs = settled(runs, best.name, ours.name, {b.name: _call(b, inputs) for b in (best, ours)})
+    both = {best.name: _call(best, inputs), ours.name: _call(ours, inputs, whole=True)}
+    runs = settled(runs, best.name, ours.name, both)
     ratios, timed = runs.ratios(best.name, ours.name), {**timed, **runs.ms}
     faster = ratios[len(ratios) // 2] >= 1.0
     won = ours if faster else best
     decisions += [*refused, *_ran(target, won), *_decisions(ours)]
     return Contest(
-        won.gm, won.run, won.prepare, won.target, "sparse" if faster else "dense", ours.gm, any_size,
+        won.gm, won.run, won.prepare, won.target, "sparse" if faster else "dense", source, any_size,
         timings(Runs(timed)), tuple(decisions), runs.median(best.name), runs.median(ours.name),
         (ratios[len(ratios) // 5], ratios[len(ratios) * 4 // 5]),
     )  # fmt: skip
@@ -157,19 +159,31 @@ def _fitting(
 
 def _own_builds(
     runner: Target, every: Mapping[str, fx.GraphModule], inputs: Sequence[Any], any_size: bool
-) -> list[_Build]:
+) -> Iterator[_Build]:
     log.info("lower (%s)", runner.name)
-    builds = []
-    for label, gm in every.items():
-        run = runner.lower_dynamic(gm) if any_size else runner.lower(gm, inputs)
-        builds.append(_Build(f"sparse: {runner.name}{label and f', {label}'}", gm, run, as_is, runner))
-    return builds
+    for label, rewritten in every.items():
+        name = f"sparse: {runner.name}{label and f', {label}'}"
+        if any_size:
+            yield _Build(name, rewritten, runner.lower_dynamic(rewritten), as_is, runner, rewritten)
+            continue
+        layouts = _layouts(rewritten) if runner.keeps_layouts else {"contiguous": (rewritten, as_is)}
+        for layout, (gm, prepare) in layouts.items():
+            own = name if layout == "contiguous" else f"{name}, {layout}"
+            yield _Build(own, gm, runner.lower(gm, prepare(inputs)), prepare, runner, rewritten)
+
+
+def _layouts(gm: fx.GraphModule) -> dict[str, tuple[fx.GraphModule, Prepare]]:
+    """The graph as it is, and where a weight has four dimensions in channels_last."""
+    layouts: dict[str, tuple[fx.GraphModule, Prepare]] = {"contiguous": (gm, as_is)}
+    if any(n.op == "get_attr" and get_tensor(gm, str(n.target)).dim() == 4 for n in gm.graph.nodes):
+        layouts["channels_last"] = (_channels_last(gm), inputs_channels_last)
+    return layouts
 
 
 def _fastest(own: Sequence[_Build], rivals: Sequence[_Build], inputs: Sequence[Any]) -> tuple[_Build, _Build, Runs]:
     """The fastest of each, and their times."""
     log.info("measure")
-    runs = play_off({b.name: _call(b, inputs) for b in own}, {b.name: _call(b, inputs) for b in rivals})
+    runs = play_off({b.name: _call(b, inputs, whole=True) for b in own}, {b.name: _call(b, inputs) for b in rivals})
     first, second = (runs.fastest([b.name for b in builds]) for builds in (own, rivals))
     return next(b for b in own if b.name == first), next(b for b in rivals if b.name == second), runs
 
@@ -213,12 +227,9 @@ def dense_builds(dense: fx.GraphModule, inputs: Sequence[Any], target: Target, a
     """The masked model, not rewritten: on the target and its rivals, contiguous and channels_last."""
     runners = _runners(target, any_size)[0]
     targets = [TARGETS[name] for name in target.rivals if TARGETS[name] not in runners] + runners
-    formats: list[tuple[str, fx.GraphModule, Prepare]] = [("contiguous", dense, as_is)]
-    if any(n.op == "get_attr" and get_tensor(dense, str(n.target)).dim() == 4 for n in dense.graph.nodes):
-        formats.append(("channels_last", _channels_last(dense), inputs_channels_last))
-    builds = []
+    builds, layouts = [], _layouts(dense)
     for t in targets:
-        for name, gm, prepare in formats:
+        for name, (gm, prepare) in layouts.items():
             if name not in t.memory_formats:
                 continue
             log.info("lower dense (%s, %s)", t.name, name)
@@ -234,12 +245,14 @@ def dense_builds(dense: fx.GraphModule, inputs: Sequence[Any], target: Target, a
     return builds
 
 
-def _call(build: _Build, inputs: Sequence[Any]) -> Callable[[], object]:
-    prepared = build.prepare(inputs)  # outside the timing: the dense builds get their favourite format for nothing
+def _call(build: _Build, inputs: Sequence[Any], whole: bool = False) -> Callable[[], object]:
+    """A run of `build`. A dense one gets the memory format that it likes for nothing, ours (`whole`) does not."""
+    prepared = inputs if whole else build.prepare(inputs)
+    prepare = build.prepare if whole else as_is
 
     def run() -> object:
         with torch.no_grad():
-            return build.run(*prepared)
+            return build.run(*prepare(prepared))
 
     return run
 

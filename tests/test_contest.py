@@ -20,7 +20,7 @@ from fxsparse.backend.inductor_cpp import FEWEST_CALLS, InductorCpp
 from fxsparse.backend.target import Runnable
 from fxsparse.deploy.onnx_runtime import OnnxSession
 from fxsparse.ir.capture import capture
-from fxsparse.ir.inputs import as_is
+from fxsparse.ir.inputs import as_is, channels_last
 from fxsparse.measure import Runs
 from tests.test_compile import Net, agree, images, masks_of, zeroed
 from tests.test_storage import Of, conv
@@ -230,6 +230,38 @@ def test_auto_takes_what_is_fastest_for_any_batch_and_after_loading(
         assert build.lowered_by is not None
         assert (build.target.name, build.lowered_by.name) == ("auto", "onnx")
     assert isinstance(fast._built("test").any_batch, OnnxSession)
+
+
+@pytest.mark.parametrize("target", ["auto", "eager"])
+def test_eager_may_win_in_channels_last_and_is_timed_with_what_that_costs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, target: str
+) -> None:
+    seen: list[Tensor] = []
+
+    def spy(x: Tensor) -> Tensor:
+        seen.append(x)
+        return channels_last(x)
+
+    monkeypatch.setattr("fxsparse.ir.inputs.channels_last", spy)
+    model, x = Net(), images()
+
+    def play_off(ours: Mapping[str, Callable[[], object]], rivals: Mapping[str, Callable[[], object]]) -> Runs:
+        before = len(seen)
+        for build in rivals.values():
+            build()
+        assert len(seen) == before
+        ours["sparse: eager, channels_last"]()
+        assert len(seen) == before + 1
+        return Runs({name: [1.0 if name == "sparse: eager, channels_last" else 2.0] * 6 for name in [*ours, *rivals]})
+
+    monkeypatch.setattr("fxsparse.contest.play_off", play_off)
+    fast = fxsparse.compile(model, masks_of(model), target, example_inputs=x, formats="dense")
+    assert (fast.report.chosen, fast.report.sparse_ms, fast.report.dense_ms) == ("sparse", 1.0, 2.0)
+    fast.save(tmp_path / "m")
+    for module in (fast, fxsparse.load(tmp_path / "m")):
+        for batch in (2, 5):
+            other = images(batch)
+            agree(module(other), zeroed(model, masks_of(model))(other))
 
 
 def test_auto_may_end_in_a_dense_onnx_build(monkeypatch: pytest.MonkeyPatch) -> None:

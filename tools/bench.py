@@ -35,7 +35,7 @@ from fxsparse.ir.capture import capture
 from fxsparse.measure import AGAIN, Runs, cpu_name, play_off, settled
 from fxsparse.passes import Context, canonicalize, choose_formats, run
 from tools.block_recipes import BLOCK_RECIPES
-from tools.decoder import DecodeStep
+from tools.decoder import DecodeStep, Prefill
 from tools.recipes import RECIPES, randomize_batch_norm
 from tools.slim import native_slim
 from tools.transformer_recipes import heads_and_neurons
@@ -92,13 +92,16 @@ MATRIX: list[dict[str, Any]] = [
 ]
 GPU: list[dict[str, Any]] = [
     {"model": model, "recipe": recipe, "sparsity": sparsity, "rows": rows, "batch": 32, "threads": 4, "dtype": dtype}
+    | ({"batch": 1} if model == "prefill" else {})
     for model, recipe, sparsity, rows, dtype in (
         ("resnet50", "refill_coupled", 0.5, 32, "float16"), ("resnet50", "refill_coupled", 0.5, 32, "float32"),
         ("vit_b_16", "heads_and_neurons", 0.5, 32, "bfloat16"), ("vit_l_16", "two_four", 0.5, 32, "bfloat16"),
-        ("vit_l_16", "shuffled_blocks", 0.74, 128, "bfloat16"),
+        ("vit_l_16", "shuffled_blocks", 0.74, 128, "bfloat16"), ("vit_b_16", "shuffled_blocks", 0.74, 128, "float32"),
+        ("prefill", "shuffled_blocks", 0.74, 128, "bfloat16"), ("prefill", "two_four", 0.5, 32, "bfloat16"),
     )
 ]  # fmt: skip
 Inputs = tuple[Tensor, ...]
+OWN_MODELS: dict[str, Any] = {"decode_step": DecodeStep, "prefill": Prefill}
 SUITES = {"spine": SPINE, "blocks": BLOCKS, "unstructured": UNSTRUCTURED, "matrix": MATRIX, "gpu": GPU}
 
 
@@ -119,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tools.bench", description="Measured rows; see the module's text.")
-    parser.add_argument("--model", default="resnet18", help="a name in models or torchvision.models, or decode_step")
+    parser.add_argument("--model", default="resnet18", help="a name in models, torchvision.models or OWN_MODELS")
     parser.add_argument(
         "--recipe",
         default="refill_coupled",
@@ -183,13 +186,13 @@ def run_case(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def build_model(name: str) -> nn.Module:
-    """A model of `models` or torchvision, or `decode_step`: seeded, in evaluation mode, batch norms that matter."""
+    """A model of `models`, torchvision or `OWN_MODELS`: seeded, in evaluation mode, batch norms that matter."""
     import torchvision.models
 
     import models
 
     torch.manual_seed(0)
-    make = {"decode_step": DecodeStep}.get(name) or getattr(models, name, None) or getattr(torchvision.models, name)
+    make = OWN_MODELS.get(name) or getattr(models, name, None) or getattr(torchvision.models, name)
     model: nn.Module = make().eval()
     for layer in model.modules():  # torchvision's ViT starts with a head of zeros: all that is before it would be dead
         if isinstance(layer, nn.Linear) and not layer.weight.any():
@@ -200,7 +203,7 @@ def build_model(name: str) -> nn.Module:
 
 def example_inputs(model: nn.Module, arguments: argparse.Namespace) -> tuple[Tensor, ...]:
     """Images, but for a model that has inputs of its own."""
-    if isinstance(model, DecodeStep):
+    if isinstance(model, (DecodeStep, Prefill)):
         return model.example_inputs(arguments.batch)
     side = arguments.side or (32 if arguments.model.endswith("_cifar") else 224)
     return (torch.randn(arguments.batch, 3, side, side, generator=torch.Generator().manual_seed(0)),)

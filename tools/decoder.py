@@ -1,4 +1,4 @@
-"""A LLaMA-like decoder for the bench: one step, a token and a cache in, logits and what the cache gains out."""
+"""LLaMA-like decoders for the bench: one step, a token and a cache in, and the reading of a prompt before all steps."""
 
 from __future__ import annotations
 
@@ -38,3 +38,28 @@ class DecodeStep(nn.Module):
             torch.stack([getattr(layer, kind)[:, :, -1:] for layer in cache.layers], 1) for kind in ("keys", "values")
         )
         return logits, new_keys, new_values
+
+
+class Prefill(nn.Module):
+    """Two layers as wide as an 8-billion-parameter LLaMA's, random weights, and a small vocabulary."""
+
+    tokens = 2048
+
+    def __init__(self, width: int = 4096, inner: int = 14336, layers: int = 2) -> None:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        super().__init__()
+        config = LlamaConfig(
+            vocab_size=8192, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+            num_attention_heads=width // 128, num_key_value_heads=width // 512, max_position_embeddings=self.tokens,
+        )  # fmt: skip
+        self.decoder = LlamaForCausalLM(config)
+
+    def example_inputs(self, batch: int) -> tuple[Tensor]:
+        """Tokens [batch, 2048]."""
+        return (torch.randint(8192, (batch, self.tokens), generator=torch.Generator().manual_seed(0)),)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of the last token [batch, vocabulary]."""
+        logits: Tensor = self.decoder(tokens, use_cache=False, logits_to_keep=1).logits
+        return logits[:, -1]

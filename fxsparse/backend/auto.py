@@ -6,10 +6,10 @@ from fxsparse.backend.inductor import Inductor
 
 
 class Auto(Inductor):
-    """Inductor and, where it is installed, ONNX Runtime, whose kernels for small layers are faster on some CPUs.
+    """Inductor, eager and, where it is installed, ONNX Runtime, whose kernels for small layers are faster on some CPUs.
 
-    Without measuring, Inductor. On a GPU there is only Inductor.
+    Without measuring, Inductor. On a GPU eager in channels_last can be the fastest, and ONNX Runtime does not run.
     """
 
     name = "auto"
-    runners = ("inductor", "onnx")
+    runners = ("inductor", "onnx", "eager")

@@ -20,6 +20,7 @@ class Eager(Target):
 
     name = "eager"
     reads_shapes = False
+    keeps_layouts = True
 
     def formats(self, device: torch.device) -> tuple[str, ...]:
         return KERNELS.get(device.type, ()) if device.type != "cpu" or compiler() else ()

@@ -23,6 +23,7 @@ class Target:
     # With `formats="auto"` whole models are timed instead, with formats and without.
     standard_operators: bool = False
     memory_formats: tuple[str, ...] = ("contiguous", "channels_last")  # that make a difference to it
+    keeps_layouts = False  # what it runs lies in memory as the graph's weights do: ours is tried in both formats too
     rivals: tuple[str, ...] = ("eager",)  # targets whose dense builds compete too
     runners: tuple[str, ...] = ()  # targets that do the work where it is none itself; the first always can
     one_for_all_sizes = False  # what it lowered runs any batch size, as fast
