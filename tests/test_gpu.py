@@ -26,11 +26,13 @@ from fxsparse.formats import FORMATS
 from fxsparse.formats.gpu import for_gpu
 from fxsparse.formats.shuffled_block import pack
 from fxsparse.formats.shuffled_block_gpu import tiled, transposed
+from fxsparse.formats.turned import turned
 from fxsparse.ir.capture import capture
 from fxsparse.ir.graph import call_nodes, clone, flat, get_tensor, set_tensor
 from fxsparse.ir.inputs import CUDNN_BATCH, Call, exported
 from fxsparse.ir.masks import Masks
 from fxsparse.kernels.triton import ACTIVATIONS, Tiles, shuffled_block_transposed
+from fxsparse.kernels.triton import turned as turn
 from fxsparse.package import aoti
 from fxsparse.passes import Context, choose_formats
 from fxsparse.verify import reference
@@ -215,7 +217,63 @@ def test_between_two_layers_nothing_is_copied() -> None:
             return result
 
     Watch(for_gpu(flat(fast.graph_module))).run(x)
-    assert sum(copied) == 1  # x itself, for the first
+    assert sum(copied) == 0
+
+
+def gated(layers: Any, x: Tensor) -> Tensor:
+    """As in a LLaMA: a norm, two layers, an elementwise product, a third layer, a sum."""
+    normed = layers["norm"](x)
+    y: Tensor = x + layers["c"](F.silu(layers["a"](normed)) * layers["b"](normed))
+    return y
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 64), (7, 64), (64,)])
+def test_only_what_is_not_elementwise_is_turned(shape: tuple[int, ...]) -> None:
+    model = Of(gated, norm=nn.LayerNorm(64), a=linear(64, 256), b=linear(64, 256), c=linear(256, 64)).eval()
+    x, options = integers(*shape), {"formats": "shuffled_block", "measure": False, "dynamic_batch": len(shape) > 1}
+    fast = fxsparse.compile(model, target="eager", example_inputs=x, **options)  # type: ignore[arg-type]
+    gm = for_gpu(flat(fast.graph_module))
+    assert len(list(call_nodes(gm, transposed))) == 3
+    there, back = call_nodes(gm, turned)
+    assert (there.args[1], back.args[1]) == (True, False)
+    assert len(there.users) == 2
+    own, exact = exact_of(model, x)
+    assert float((gm(x)[0].double() - exact).abs().max()) <= allowed(own, exact)
+
+
+def test_what_is_read_in_both_ways_is_turned_for_one_of_them() -> None:
+    def forward(layers: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = F.silu(layers["a"](x)) * 2
+        return layers["b"](y), y + 1
+
+    model = Of(forward, a=linear(64, 256), b=linear(256, 64)).eval()
+    x = integers(3, 64)
+    fast = fxsparse.compile(model, target="eager", example_inputs=x, formats="shuffled_block", measure=False)
+    gm = for_gpu(flat(fast.graph_module))
+    assert [n.args[1] for n in call_nodes(gm, turned)].count(True) == 2
+    with torch.no_grad():
+        own, exact = model(x)[0], model.double()(x.double())[0]
+    assert float((gm(x)[0].double() - exact).abs().max()) <= allowed(own, exact)
+
+
+def turns(shape: tuple[int, int], dtype: torch.dtype, device: str) -> bool:
+    """Whether the kernel's result is x turned. Runs in the device's process."""
+    x = torch.arange(shape[0] * shape[1]).view(shape).to(dtype)
+    y = turn(x.to(device))
+    return y.is_contiguous() and torch.equal(y.cpu(), x.t())
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (63, 65), (200, 1), (64, 128), (3, 130)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernel_turns(run: Run, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    assert run(turns, shape, dtype)
+
+
+def test_turning_keeps_the_rules_of_torch_library() -> None:
+    for first in (True, False):
+        for shape in ((3, 5, 8), (8,)):
+            tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+            torch.library.opcheck(turned, (torch.randn(shape), first), test_utils=tests)
 
 
 def test_what_a_gpu_has_no_kernel_for_is_said(fake: FakeTensorMode) -> None:

@@ -14,6 +14,7 @@ from torch import fx
 from fxsparse.formats import semi_structured, shuffled_block_gpu
 from fxsparse.formats.n_m_op import n_m
 from fxsparse.formats.shuffled_block_op import shuffled_block
+from fxsparse.formats.turned import settle
 from fxsparse.ir.graph import arg, call_nodes, erase_unused, flat, on_gpu
 
 
@@ -31,5 +32,7 @@ def for_gpu(gm: fx.GraphModule) -> fx.GraphModule:
         if len(cast(Any, arg(node, "shape"))) == 2:
             node.replace_all_uses_with(lowered[cast(Any, node.target)](gm, node))
             gm.graph.erase_node(node)
+    erase_unused(gm)  # users that are none would be turned for
+    settle(gm)
     erase_unused(gm)
     return gm

@@ -131,6 +131,15 @@ def shuffled_block_transposed(
     return y
 
 
+def turned(x: Tensor) -> Tensor:
+    """The matrix x [rows, columns], of any dtype, as [columns, rows]. Raises TargetError as above."""
+    x, y = x.contiguous(), x.new_empty(x.shape[::-1])
+    kernels = _load("turn", x)
+    if y.numel():
+        kernels.launch(x, y)
+    return y
+
+
 def _load(name: str, x: Tensor) -> Any:
     """A module of kernels. Raises TargetError when Triton is not installed or cannot run where `x` is."""
     try:
