@@ -2,10 +2,15 @@
 
 Graphs keep the operators of the formats, which run anywhere and can be saved; what is made for this GPU is put in where
 a graph is lowered.
+
+A linear layer of shuffled blocks reads and writes [features, tokens] there. Elementwise operators between two of them
+can run in that layout. What else makes its x, or reads its y, has features last: a norm that wrote one token's features
+would store each to a line of its own, so a kernel of ours turns the matrix in between.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -14,8 +19,8 @@ from torch import fx
 from fxsparse.formats import semi_structured, shuffled_block_gpu
 from fxsparse.formats.n_m_op import n_m
 from fxsparse.formats.shuffled_block_op import shuffled_block
-from fxsparse.formats.turned import settle
-from fxsparse.ir.graph import arg, call_nodes, erase_unused, flat, on_gpu
+from fxsparse.formats.turned import turned
+from fxsparse.ir.graph import arg, aten, call_nodes, erase_unused, flat, on_gpu
 
 
 def placed(gm: fx.GraphModule) -> fx.GraphModule:
@@ -33,6 +38,49 @@ def for_gpu(gm: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(lowered[cast(Any, node.target)](gm, node))
             gm.graph.erase_node(node)
     erase_unused(gm)  # users that are none would be turned for
-    settle(gm)
+    _settle(gm)
     erase_unused(gm)
     return gm
+
+
+def _settle(gm: fx.GraphModule) -> None:
+    """Decide for every call of `transposed` where its x and y are turned, in place."""
+    call: Any = gm.graph.call_function
+    calls = list(call_nodes(gm, shuffled_block_gpu.transposed))
+    results = {u: n for n in calls for u in n.users if u.target is aten.movedim.int}
+    inputs = {cast(fx.Node, cast(fx.Node, n.args[0]).args[0]): n for n in calls}  # movedim(x, -1, 0), of each call
+    between = _between(gm, results, inputs)
+    firsts: dict[fx.Node, fx.Node] = {}
+    for first, layer in inputs.items():
+        x = cast(fx.Node, first.args[0])
+        if x in between or x in results:
+            continue
+        if x not in firsts:
+            with gm.graph.inserting_before(first):
+                firsts[x] = call(turned, (x, True))
+        layer.args = (firsts[x], *layer.args[1:])
+    for last, layer in results.items():
+        others = [u for u in last.users if u not in between and u not in inputs]
+        if others:
+            with gm.graph.inserting_before(last):
+                y = call(turned, (layer, False))
+            for user in others:
+                user.replace_input_with(last, y)
+
+
+def _between(gm: fx.GraphModule, results: Collection[fx.Node], inputs: Collection[fx.Node]) -> set[fx.Node]:
+    """Elementwise operators that read nothing but `results` and one another, and are read by nothing but `inputs`."""
+    left = {n for n in gm.graph.nodes if n.op == "call_function" and _elementwise(n.target)}
+
+    def stays(node: fx.Node) -> bool:
+        from_layers = [a for a in node.all_input_nodes if a in left or a in results]
+        rest = [a for a in node.all_input_nodes if a not in from_layers]
+        return bool(from_layers) and not rest and all(u in left or u in inputs for u in node.users)
+
+    while gone := {n for n in left if not stays(n)}:
+        left -= gone
+    return left
+
+
+def _elementwise(target: object) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags

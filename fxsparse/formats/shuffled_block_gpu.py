@@ -20,6 +20,7 @@ from fxsparse.formats.operator import LIBRARY, TAGS
 from fxsparse.formats.shuffled_block import ARRAYS, ShuffledBlock, pack, unpack
 from fxsparse.formats.shuffled_block_aten import ACTIVATIONS
 from fxsparse.formats.shuffled_block_op import shuffled_block
+from fxsparse.formats.turned import turned
 from fxsparse.ir.graph import arg, aten, get_tensor, new_weight, weight_of
 from fxsparse.kernels.shared import epilogue
 from fxsparse.kernels.triton import shuffled_block_transposed as kernel
@@ -48,16 +49,13 @@ def tiled(packed: ShuffledBlock) -> tuple[Tensor, ...]:
 
 
 def run(packed: ShuffledBlock, x: Tensor, geometry: dict[str, Any]) -> Callable[[], Tensor]:
-    """The product of `packed` and x [..., I] alone, to time it.
-
-    In a network a linear layer's x lies as it should, or what makes it writes it so: that is not timed.
-    """
+    """The product of `packed` and x [..., I] alone, to time it. Both are turned: most layers need one of them to be."""
     if len(packed.shape) == 4:
         windows = [geometry[name] for name in ("stride", "padding", "dilation")]
         rest = (*(t.to(x.device) for t in packed.tensors), None, None, list(packed.shape), *windows, "none", "rows")
         return lambda: cast(Tensor, shuffled_block(x, *rest))
-    arrays, turned = [t.to(x.device) for t in tiled(packed)], x.reshape(-1, x.shape[-1]).t().contiguous()
-    return lambda: cast(Tensor, transposed(turned, *arrays, None, packed.shape[0], "none"))
+    arrays, flat = [t.to(x.device) for t in tiled(packed)], x.reshape(-1, x.shape[-1])
+    return lambda: cast(Tensor, turned(transposed(turned(flat, True), *arrays, None, packed.shape[0], "none"), False))
 
 
 def lower(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
@@ -75,9 +73,9 @@ def lower(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
         x = cast(fx.Node, node.args[0])
         if x.target is aten.contiguous.default:  # of tokens, that lie far apart here
             x = cast(fx.Node, x.args[0])
-        turned = call(aten.contiguous.default, (call(aten.movedim.int, (x, -1, 0)),))
+        features_first = call(aten.contiguous.default, (call(aten.movedim.int, (x, -1, 0)),))
         inside = activation if residual is None else "none"
-        y = call(transposed, (turned, *arrays, arg(node, "bias"), packed.shape[0], inside))
+        y = call(transposed, (features_first, *arrays, arg(node, "bias"), packed.shape[0], inside))
         y = call(aten.movedim.int, (y, 0, -1))
         if residual is not None:
             y = call(aten.add.Tensor, (y, residual))
