@@ -129,8 +129,9 @@ def compile(
 
     masks           Masks, a dict by parameter name (bool, uint8 or float 0/1), a path of anything that `fxsparse.read`
                     reads, or None: then zeros in the weights and torch.nn.utils.prune masks are found
-    target          "inductor" (default), "auto" (Inductor or ONNX Runtime, whichever is measured faster here; Inductor
-                    if nothing is), "inductor_cpp" (its calls in C++), "eager", "onnx" (ONNX Runtime, CPU) or "tensorrt"
+    target          "inductor" (default), "auto" (Inductor, ONNX Runtime on a CPU or eager on a GPU: what is measured
+                    fastest, and Inductor if nothing is), "inductor_cpp" (its calls in C++), "eager", "onnx" (ONNX
+                    Runtime, CPU) or "tensorrt"
     example_inputs  a tuple of positional inputs, or a dict of inputs by name, with the batch in dimension 0; None:
                     compile at the first call
     dynamic_batch   accept any batch size
@@ -204,7 +205,7 @@ def _verified(rewritten: _Rewritten, options: Options) -> tuple[Contest, str]:
     try:
         return won, _verify(rewritten.as_chosen(won.sparse), won, options)
     except VerificationError as error:
-        if won.target.name not in options.target.runners[1:]:
+        if not won.target.standard_operators or won.target.name not in options.target.runners[1:]:
             raise
         won = compete(find_target(options.target.runners[0])).after(won.target, error)
         return won, _verify(rewritten.as_chosen(won.sparse), won, options)
@@ -264,9 +265,9 @@ def _rewrite(captured: Captured, options: Options) -> _Rewritten:
 
 
 def _outdone(stored: Plan) -> Plan:
-    """What was decided about formats, for the report of a model that is faster without."""
+    """What was decided about formats, for the report of a build without them."""
     chosen = [d for d in stored if d.step == "choose_formats"]
-    why = "the whole model is faster without formats"
+    why = "a build without formats was faster"
     return Plan(tuple(
         dataclasses.replace(d, why=f"{d.why}; {why}", accepted=False) if d.accepted else d for d in chosen
     ))  # fmt: skip

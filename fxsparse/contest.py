@@ -37,7 +37,8 @@ class _Build:
 class Contest:
     """The build to return, and the timings that chose it (none when nothing was measured).
 
-    sparse     the rewritten graph that was the fastest of those; `gm` unless a dense build is returned
+    sparse     the rewritten graph, of those given, that ran fastest; `gm` is it, or it in another memory format, unless
+               a dense build is returned
     any_size   whether `run` takes other sizes too
     decisions  what the target itself decided about that one
     """
@@ -82,14 +83,14 @@ def contest(
     also      other rewritten graphs that compete, by what tells them apart; only with `measure`
     any_size  make code for any size at once, and compare that: the sizes of `inputs` will hardly come again
     """
-    runners, decisions = _runners(target, any_size)
+    runners, decisions = _runners(target, any_size, on_gpu(dense))
     if not measure:
         own = next(_own_builds(runners[0], {"": sparse}, inputs, any_size))
         return Contest(sparse, own.run, as_is, own.target, "sparse", sparse, any_size, decisions=_decisions(own))
     competing, refused = _competing(runners, {"": sparse, **(also or {})}, inputs, any_size)
     rivals = dense_builds(dense, inputs, target, any_size)
     ours, best, runs = _fastest(competing, rivals, inputs)
-    source, timed = ours.rewritten or ours.gm, runs.ms
+    timed = runs.ms
     if not any_size and (refined := _refined(competing, rivals, runs, inputs)):
         ours, best, runs = _fastest([ours, refined[0]], [best, refined[1]], inputs)
         timed = {**timed, **runs.ms}
@@ -100,16 +101,19 @@ def contest(
     won = ours if faster else best
     decisions += [*refused, *_ran(target, won), *_decisions(ours)]
     return Contest(
-        won.gm, won.run, won.prepare, won.target, "sparse" if faster else "dense", source, any_size,
+        won.gm, won.run, won.prepare, won.target, "sparse" if faster else "dense", ours.rewritten or ours.gm, any_size,
         timings(Runs(timed)), tuple(decisions), runs.median(best.name), runs.median(ours.name),
         (ratios[len(ratios) // 5], ratios[len(ratios) * 4 // 5]),
     )  # fmt: skip
 
 
-def _runners(target: Target, any_size: bool) -> tuple[list[Target], list[Decision]]:
-    """What is to run the graphs: `target`, or those it stands for and that can, and why others cannot."""
+def _runners(target: Target, any_size: bool, gpu: bool) -> tuple[list[Target], list[Decision]]:
+    """What is to run the graphs: `target`, or those it stands for and that can, and why others cannot.
+
+    A rival runs ours on a GPU only: on CPUs eager has been slower than Inductor with every model measured.
+    """
     found, decisions = [], []
-    for name in target.runners or (target.name,):
+    for name in [n for n in target.runners if gpu or n not in target.rivals] or (target.name,):
         try:
             runner = find_target(name)
         except TargetError as error:
@@ -139,7 +143,7 @@ def _competing(
     refused = []
     for runner in runners:
         try:
-            builds += _own_builds(runner, _fitting(runner, runners, every), inputs, any_size)
+            builds += list(_own_builds(runner, _fitting(runner, runners, every), inputs, any_size))  # all or none
         except TargetError as error:
             if runner is runners[0]:
                 raise
@@ -220,12 +224,14 @@ def _lowered_by(target: Target, ours: _Build, rival: _Build, inputs: Sequence[An
 
 def _again(target: Target, build: _Build, inputs: Sequence[Any]) -> _Build:
     run = target.lower(build.gm, build.prepare(inputs))
-    return _Build(build.name.replace(build.target.name, target.name), build.gm, run, build.prepare, target)
+    return _Build(
+        build.name.replace(build.target.name, target.name), build.gm, run, build.prepare, target, build.rewritten
+    )
 
 
 def dense_builds(dense: fx.GraphModule, inputs: Sequence[Any], target: Target, any_size: bool = False) -> list[_Build]:
     """The masked model, not rewritten: on the target and its rivals, contiguous and channels_last."""
-    runners = _runners(target, any_size)[0]
+    runners = _runners(target, any_size, on_gpu(dense))[0]
     targets = [TARGETS[name] for name in target.rivals if TARGETS[name] not in runners] + runners
     builds, layouts = [], _layouts(dense)
     for t in targets:

@@ -3,7 +3,7 @@
 error(y) = max |y - y64|, y64 being the masked model in float64. A result y may be off by `SLACK` times the error that
 the masked model itself makes in its dtype, images channels last or not, plus a floor of a few units in the last place
 of the largest output. In float64, its error is what a few last places more or less in every weight and input do; in
-float32 on a GPU that may use tf32, at least what rounding those to its ten bits can do. Of
+float32 on a GPU that may use tf32, at least what rounding the operands of products to its ten bits can do. Of
 integers and bools (an argmax, a threshold) those that differ are counted: what rounding turns over in the masked model,
 it may turn over here.
 """
@@ -11,12 +11,14 @@ it may turn over here.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from fxsparse.errors import VerificationError, first_line
 from fxsparse.ir.graph import clone, get_tensor, on_gpu, release, set_tensor
@@ -24,7 +26,9 @@ from fxsparse.ir.inputs import in_order
 
 SLACK = 4.0  # another order of summation makes an error of the same size, not the same error; maxima vary by a few
 FLOOR_ULP = 16.0
+FLOAT64_EPS = torch.finfo(torch.float64).eps
 TF32_EPS = 2.0**-10
+_PRODUCT = re.compile(r"(add|b|baddb)?mm\.|linear\.|matmul\.|(add)?mv\.|dot\.|bilinear\.|scaled_dot_product").match
 FLOOR_FLIPS = 4  # of many integers: where the reference turned none over, rounding may yet turn over a few
 
 
@@ -86,9 +90,12 @@ def reference(flat_gm: fx.GraphModule, inputs: Sequence[Any]) -> Reference:
         if any(map(_is_image, inputs)):
             others.append(_outputs(flat_gm(*map(_channels_last, inputs))))
         if any(isinstance(y, Tensor) and y.dtype == torch.float64 for y in others[0]):
-            others.append(_shaken_outputs(wide, inputs, torch.float64, 4 * torch.finfo(torch.float64).eps))
-        if _may_use_tf32(flat_gm):
-            others.append(_shaken_outputs(flat_gm, inputs, torch.float32, TF32_EPS))
+            generator = torch.Generator().manual_seed(0)
+            shaken = _shaken(wide, generator)
+            others.append(_outputs(shaken(*[_shake(x, generator) for x in inputs])))
+            release(shaken)
+        if products := _in_tf32(flat_gm):
+            others.append(_outputs(_Shaking(flat_gm, products).run(*inputs)))
     release(wide)
     allowed = [max(map(_allowed, own, itertools.repeat(y))) for y, *own in zip(exact, *others, strict=True)]
     return Reference(tuple(inputs), tuple(exact), tuple(allowed))
@@ -128,34 +135,54 @@ def widen(gm: fx.GraphModule) -> fx.GraphModule:
     return wide
 
 
-def _shaken_outputs(gm: fx.GraphModule, inputs: Sequence[Any], dtype: torch.dtype, width: float) -> list[Any]:
-    """What `gm` gives when every weight and input of `dtype` is off by up to half of `width`, relatively.
+def _shaken(gm: fx.GraphModule, generator: torch.Generator) -> fx.GraphModule:
+    """A float64 model is its own reference, and shows no error. This clone does: weights are off by a few last places.
 
-    What that changes is what rounding can change, whatever the order of summation. A float64 model is its own
-    reference, and shows no error of its own; a float32 one shows no tf32 where its libraries happened to choose none.
+    What that changes is what rounding can change, whatever the order of summation.
     """
-    generator = torch.Generator().manual_seed(0)
-
-    def shake(x: Any) -> Any:
-        if not isinstance(x, Tensor) or x.dtype != dtype:
-            return x
-        noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device="cpu") - 0.5
-        return x * (1 + width * noise.to(x.device))
-
     shaken = clone(gm)
     for target in dict.fromkeys(str(n.target) for n in shaken.graph.find_nodes(op="get_attr")):
-        set_tensor(shaken, target, shake(get_tensor(shaken, target)))
-    outputs = _outputs(shaken(*map(shake, inputs)))
-    release(shaken)
-    return outputs
+        set_tensor(shaken, target, _shake(get_tensor(shaken, target), generator))
+    return shaken
 
 
-def _may_use_tf32(gm: fx.GraphModule) -> bool:
-    """Whether torch's switches let a GPU multiply float32 with ten bits: windows, of which `gm` has some, or all."""
-    windows: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    has_windows = any(n.op == "call_function" and "conv" in str(n.target) for n in gm.graph.nodes)
-    switches = [torch.backends.cuda.matmul, *([windows] if has_windows else [])]
-    return on_gpu(gm) and any(switch.fp32_precision == "tf32" for switch in switches)
+def _shake(
+    x: Any, generator: torch.Generator, dtype: torch.dtype = torch.float64, width: float = 4 * FLOAT64_EPS
+) -> Any:
+    if not isinstance(x, Tensor) or x.dtype != dtype:
+        return x
+    noise = torch.rand(x.shape, generator=generator, dtype=x.dtype, device="cpu") - 0.5
+    return x * (1 + width * noise.to(x.device))
+
+
+class _Shaking(fx.Interpreter):
+    """Runs a float32 model with the operands of `products` off by what rounding them to tf32 would change.
+
+    A library takes tf32 for one build and not for another: then the model shows no such error of its own.
+    """
+
+    def __init__(self, gm: fx.GraphModule, products: set[fx.Node]) -> None:
+        super().__init__(gm)
+        self._products, self._generator = products, torch.Generator().manual_seed(0)
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n not in self._products:
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        return self.call_function(n.target, pytree.tree_map(self._rounded, args), kwargs)
+
+    def _rounded(self, x: Any) -> Any:
+        return _shake(x, self._generator, torch.float32, TF32_EPS)
+
+
+def _in_tf32(gm: fx.GraphModule) -> set[fx.Node]:
+    """The products that torch's switches let a GPU take in tf32: cuDNN's for convolutions, another for matrices."""
+    backends: Any = torch.backends
+    windows, matrices = (switch.fp32_precision == "tf32" for switch in (backends.cudnn.conv, backends.cuda.matmul))
+    if not on_gpu(gm):
+        return set()
+    named = {n: str(n.target).removeprefix("aten.") for n in gm.graph.nodes if str(n.target).startswith("aten.")}
+    return {n for n, name in named.items() if (windows and name.startswith("conv")) or (matrices and _PRODUCT(name))}
 
 
 def _wide_dtype(x: Any) -> Any:

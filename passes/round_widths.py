@@ -59,13 +59,13 @@ def _faster(
 def _seconds(gm: fx.GraphModule, layer: fx.Node, kept: list[Tensor], ctx: Context) -> float:
     """Of one layer cut to these rows and columns, dense or packed as `choose_formats` will find it.
 
-    On a GPU dense: models of these widths compete with formats and without, and odd ones cost a dense layer up to
-    eight times as much, a packed one nothing.
+    On a GPU dense, unless formats are forced: models of these widths compete with formats and without, and odd ones
+    cost a dense layer up to eight times as much, a packed one nothing.
     """
     assert ctx.time_layer is not None
     dense_s = ctx.time_layer(layer, len(kept[0]), len(kept[1]))
     weight = get_tensor(gm, str(cast(fx.Node, layer.args[1]).target))
-    if ctx.time_format is None or weight.is_cuda:
+    if ctx.time_format is None or (weight.is_cuda and not ctx.force_formats):
         return dense_s
     for dim, indices in enumerate(kept):
         weight = weight.index_select(dim, indices.to(weight.device))

@@ -92,6 +92,23 @@ def test_the_dense_build_may_win_by_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lowered_by.name == "quick"
 
 
+def test_what_is_lowered_again_brings_the_report_of_its_own_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime leads without formats; Inductor's build with them, close behind, gains by calls in C++."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr("fxsparse.passes.choose_formats.FASTER", 1e9)  # every layer that can be is packed
+    monkeypatch.setattr("fxsparse.backend.inductor_cpp.InductorCpp.worthwhile", lambda *_: True)
+    times = {"sparse: onnx": 1.0, "sparse: inductor_cpp": 0.5, "sparse: inductor": 1.005, "": 4.0}
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    mask[:32, :16] = mask[32:, 40:60] = True
+    monkeypatch.setattr(sys.modules[__name__], "masks_of", lambda model: {"0.weight": mask})
+    fast = auto(monkeypatch, times, model, torch.randn(3, 64), formats="auto")
+    assert fast.report.sparse_ms == 0.5
+    assert fast.report.rows[0].stored in ("shuffled_block", "unstructured")
+    assert not any("without formats" in d.why for d in fast.report.decisions)
+
+
 def test_what_gains_nothing_by_it_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = compiled(monkeypatch, Quick(), SPARSE_GAINS | {"sparse: quick": 2.5})
     lowered_by = fast._built("test").lowered_by
@@ -243,6 +260,7 @@ def test_eager_may_win_in_channels_last_and_is_timed_with_what_that_costs(
         return channels_last(x)
 
     monkeypatch.setattr("fxsparse.ir.inputs.channels_last", spy)
+    monkeypatch.setattr("fxsparse.contest.on_gpu", lambda gm: True)  # on CPUs it is no runner of auto's
     model, x = Net(), images()
 
     def play_off(ours: Mapping[str, Callable[[], object]], rivals: Mapping[str, Callable[[], object]]) -> Runs:

@@ -5,6 +5,7 @@ Fake tensors stand for a device where shapes are enough. Marked `gpu`: the real 
 
 from __future__ import annotations
 
+import itertools
 from importlib import import_module
 from typing import Any
 
@@ -361,3 +362,43 @@ def test_what_a_gpu_may_multiply_in_tf32_may_be_that_far_off(monkeypatch: pytest
     assert 50 * limits[False] < off < limits[True] < 100 * off
     monkeypatch.setattr("fxsparse.verify.on_gpu", lambda gm: False)
     assert reference(gm, (x,)).allowed[0] == limits[False]
+
+
+class Shifted(nn.Module):
+    """A product, and a large constant that no product touches."""
+
+    def __init__(self, layer: nn.Module, dims: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("table", torch.full((16, *[1] * dims), 4096.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.layer(x)
+        return y + self.table
+
+
+@pytest.mark.parametrize(
+    ("layer", "size"), [(nn.Conv2d(3, 16, 3), (2, 3, 9, 9)), (nn.Linear(64, 16), (2, 64))], ids=["windows", "matrices"]
+)
+def test_only_products_that_their_switch_allows_it_may_be_in_tf32(
+    monkeypatch: pytest.MonkeyPatch, layer: nn.Module, size: tuple[int, ...]
+) -> None:
+    monkeypatch.setattr("fxsparse.verify.on_gpu", lambda gm: True)
+    torch.manual_seed(0)
+    x = torch.randn(size)
+    gm, alone = (
+        flat(capture(m.eval(), (x,), Masks(), dynamic_batch=False))
+        for m in (Shifted(layer, len(size) - 2), nn.Sequential(layer))
+    )
+    limits: dict[tuple[bool, bool], tuple[float, float]] = {}
+    before = torch.backends.cuda.matmul.allow_tf32
+    for windows, matrices in itertools.product((False, True), repeat=2):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", windows)
+        torch.backends.cuda.matmul.allow_tf32 = matrices
+        limits[windows, matrices] = (reference(gm, (x,)).allowed[0], reference(alone, (x,)).allowed[0])
+    torch.backends.cuda.matmul.allow_tf32 = before
+    own = (True, False) if len(size) == 4 else (False, True)
+    assert limits[own] == limits[True, True]
+    assert limits[own[::-1]] == limits[False, False]
+    assert 50 * limits[False, False][1] < limits[own][1] < 0.05
+    assert limits[own][0] < 2 * limits[False, False][0] + limits[own][1]  # the table is not rounded

@@ -6,9 +6,10 @@ from fxsparse.backend.inductor import Inductor
 
 
 class Auto(Inductor):
-    """Inductor, eager and, where it is installed, ONNX Runtime, whose kernels for small layers are faster on some CPUs.
+    """Inductor; on a CPU ONNX Runtime, where it is installed, and on a GPU eager.
 
-    Without measuring, Inductor. On a GPU eager in channels_last can be the fastest, and ONNX Runtime does not run.
+    ONNX Runtime's kernels for small layers are faster on some CPUs; eager in channels_last can be the fastest on a GPU.
+    Without measuring, Inductor.
     """
 
     name = "auto"
