@@ -257,6 +257,18 @@ def test_what_is_read_in_both_ways_is_turned_for_one_of_them() -> None:
     assert float((gm(x)[0].double() - exact).abs().max()) <= allowed(own, exact)
 
 
+def test_a_sum_with_what_has_features_last_is_made_in_that_order() -> None:
+    def forward(layers: Any, x: Tensor) -> Tensor:
+        y: Tensor = layers["b"](layers["a"](x) + layers["norm"](x))
+        return y
+
+    model = Of(forward, norm=nn.LayerNorm(64), a=linear(64, 64), b=linear(64, 256)).eval()
+    options: dict[str, Any] = {"formats": "shuffled_block", "measure": False}
+    fast = fxsparse.compile(model, target="eager", example_inputs=integers(3, 64), **options)
+    gm = for_gpu(flat(fast.graph_module))
+    assert [n.args[1] for n in call_nodes(gm, turned)] == [True, False, True, False]
+
+
 def turns(shape: tuple[int, int], dtype: torch.dtype, device: str) -> bool:
     """Whether the kernel's result is x turned. Runs in the device's process."""
     x = torch.arange(shape[0] * shape[1]).view(shape).to(dtype)
