@@ -30,7 +30,7 @@ class _Build:
     run: Runnable
     prepare: Prepare
     target: Target
-    rewritten: fx.GraphModule | None = None  # of ours: the graph that it came from
+    rewritten: fx.GraphModule | None = None  # the graph that it came from; None for a dense build
 
 
 @dataclass
@@ -94,8 +94,7 @@ def contest(
     if not any_size and (refined := _refined(competing, rivals, runs, inputs)):
         ours, best, runs = _fastest([ours, refined[0]], [best, refined[1]], inputs)
         timed = {**timed, **runs.ms}
-    both = {best.name: _call(best, inputs), ours.name: _call(ours, inputs, whole=True)}
-    runs = settled(runs, best.name, ours.name, both)
+    runs = settled(runs, best.name, ours.name, {b.name: _call(b, inputs) for b in (best, ours)})
     ratios, timed = runs.ratios(best.name, ours.name), {**timed, **runs.ms}
     faster = ratios[len(ratios) // 2] >= 1.0
     won = ours if faster else best
@@ -187,7 +186,7 @@ def _layouts(gm: fx.GraphModule) -> dict[str, tuple[fx.GraphModule, Prepare]]:
 def _fastest(own: Sequence[_Build], rivals: Sequence[_Build], inputs: Sequence[Any]) -> tuple[_Build, _Build, Runs]:
     """The fastest of each, and their times."""
     log.info("measure")
-    runs = play_off({b.name: _call(b, inputs, whole=True) for b in own}, {b.name: _call(b, inputs) for b in rivals})
+    runs = play_off({b.name: _call(b, inputs) for b in own}, {b.name: _call(b, inputs) for b in rivals})
     first, second = (runs.fastest([b.name for b in builds]) for builds in (own, rivals))
     return next(b for b in own if b.name == first), next(b for b in rivals if b.name == second), runs
 
@@ -224,9 +223,8 @@ def _lowered_by(target: Target, ours: _Build, rival: _Build, inputs: Sequence[An
 
 def _again(target: Target, build: _Build, inputs: Sequence[Any]) -> _Build:
     run = target.lower(build.gm, build.prepare(inputs))
-    return _Build(
-        build.name.replace(build.target.name, target.name), build.gm, run, build.prepare, target, build.rewritten
-    )
+    name = build.name.replace(build.target.name, target.name)
+    return dataclasses.replace(build, name=name, run=run, target=target)
 
 
 def dense_builds(dense: fx.GraphModule, inputs: Sequence[Any], target: Target, any_size: bool = False) -> list[_Build]:
@@ -251,10 +249,11 @@ def dense_builds(dense: fx.GraphModule, inputs: Sequence[Any], target: Target, a
     return builds
 
 
-def _call(build: _Build, inputs: Sequence[Any], whole: bool = False) -> Callable[[], object]:
-    """A run of `build`. A dense one gets the memory format that it likes for nothing, ours (`whole`) does not."""
-    prepared = inputs if whole else build.prepare(inputs)
-    prepare = build.prepare if whole else as_is
+def _call(build: _Build, inputs: Sequence[Any]) -> Callable[[], object]:
+    """A run of `build`. A dense one gets the memory format that it likes for nothing, ours does not."""
+    prepare, prepared = build.prepare, inputs
+    if build.rewritten is None:
+        prepare, prepared = as_is, build.prepare(inputs)
 
     def run() -> object:
         with torch.no_grad():
