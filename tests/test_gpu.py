@@ -282,6 +282,12 @@ def test_the_kernel_turns(run: Run, shape: tuple[int, int], dtype: torch.dtype) 
     assert run(turns, shape, dtype)
 
 
+def test_only_a_matrix_is_turned() -> None:
+    for x in (torch.zeros(3), torch.zeros(2, 3, 4)):
+        with pytest.raises(InputError, match=r"x: expected a matrix \[rows, columns\]; got .*\n  Flatten"):
+            turn(x)
+
+
 def test_turning_keeps_the_rules_of_torch_library() -> None:
     for first in (True, False):
         for shape in ((3, 5, 8), (8,)):

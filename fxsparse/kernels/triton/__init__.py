@@ -132,7 +132,13 @@ def shuffled_block_transposed(
 
 
 def turned(x: Tensor) -> Tensor:
-    """The matrix x [rows, columns], of any dtype, as [columns, rows]. Raises TargetError as above."""
+    """The matrix x [rows, columns], of any dtype, as [columns, rows].
+
+    Raises InputError for what is no matrix, TargetError without Triton or a device.
+    """
+    if x.dim() != 2:
+        do = "Flatten what is not features: x.flatten(0, -2)."
+        raise InputError("x", expected="a matrix [rows, columns]", got=_kind(x), do=do)
     x, y = x.contiguous(), x.new_empty(x.shape[::-1])
     kernels = _load("turn", x)
     if y.numel():
