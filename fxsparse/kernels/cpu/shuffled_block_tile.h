@@ -221,6 +221,11 @@ struct Walk {
     }
 };
 
+// Weights that find a register beside the sums and x.
+constexpr int held(int vectors, int pixels) {
+    return LANES == 16 && pixels * vectors + vectors + 1 > 32 ? vectors - 1 : vectors;
+}
+
 // sum += the columns from `first` to `last`, P pixels x V vectors of rows. Pixel p lies at line + place[p]; in wide vectors
 // `step` after the one before.
 template <int V, int P>
@@ -233,7 +238,7 @@ inline __attribute__((always_inline)) void add_columns(Vec (&sum)[P][V], const f
         if (NARROW) asm("" : "+r"(pixel[p]));  // or g++ adds `line` and `place` up again for every column
     }
     const Walk walk(step);
-    constexpr int HELD = LANES == 16 && P * V + V + 1 > 32 ? V - 1 : V;  // weights that find a register
+    constexpr int HELD = held(V, P);
     const auto add = [&](int64_t k) __attribute__((always_inline)) {
         const float* at = pixel[0] + offset[k];
         const Vec* column = reinterpret_cast<const Vec*>(w + k * lanes);
@@ -267,15 +272,18 @@ inline __attribute__((always_inline)) void add_columns(Vec (&sum)[P][V], const f
 // the two elements of x that they are multiplied by, wherever those come from. Half a pair has a zero beside it.
 template <int V, int P, typename Two>
 inline __attribute__((always_inline)) void add_pair(Vec (&sum)[P][V], const BFloat16* w, const Two& two) {
+    constexpr int HELD = held(V, P);
     __m512bh weight[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; v++) weight[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w + v * 2 * LANES));
+    for (int v = 0; v < HELD; v++) weight[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w + v * 2 * LANES));
 #pragma GCC unroll 32
     for (int p = 0; p < P; p++) {
         const __m512bh at = reinterpret_cast<__m512bh>(two(p));  // in the order of the pixels
 #pragma GCC unroll 4
-        for (int v = 0; v < V; v++)
+        for (int v = 0; v < HELD; v++)
             sum[p][v] = reinterpret_cast<Vec>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum[p][v]), at, weight[v]));
+        if constexpr (HELD < V)
+            asm("vdpbf16ps %2, %1, %0" : "+v"(sum[p][HELD]) : "v"(at), "m"(*reinterpret_cast<const Vec*>(w + HELD * 2 * LANES)));
     }
 }
 
