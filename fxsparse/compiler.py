@@ -266,7 +266,7 @@ def _rewrite(captured: Captured, options: Options) -> _Rewritten:
 
 def _outdone(stored: Plan) -> Plan:
     """What was decided about formats, for the report of a build without them."""
-    chosen = [d for d in stored if d.step == "choose_formats"]
+    chosen = [d for d in stored if d.step in ("choose_formats", "choose_again")]
     why = "a build without formats was faster"
     return Plan(tuple(
         dataclasses.replace(d, why=f"{d.why}; {why}", accepted=False) if d.accepted else d for d in chosen

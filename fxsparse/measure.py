@@ -160,12 +160,13 @@ class LayerTimes:
         """Seconds for `node` with a weight of `rows` x `columns` (x taps), at the batch given."""
         return self._look_up(_Case.of(node, rows, columns, self.batch))
 
-    def of_format(self, node: fx.Node, packed: object, summed: bool = False) -> float:
-        """Seconds for `node` with its weight packed (on a CPU with its rows in order), at the batch given.
+    def of_format(self, node: fx.Node, packed: object, summed: bool = False, scattered: bool = False) -> float:
+        """Seconds for `node` with its weight packed, at the batch given.
 
-        summed  with the sum that follows it, where the format's operator does that too
+        summed     with the sum that follows it, where the format's operator does that too
+        scattered  with its rows where they are; else, on a CPU, as if they were in order
         """
-        return self._look_up(_packed_case(packed, node, self.batch, summed))
+        return self._look_up(_packed_case(packed, node, self.batch, summed, scattered))
 
     def _look_up(self, case: _Case) -> float:
         key = str(case.key)
@@ -228,7 +229,7 @@ class _Case:
 
 
 @functools.singledispatch
-def _packed_case(packed: object, node: fx.Node, batch: int, summed: bool) -> _Case:
+def _packed_case(packed: object, node: fx.Node, batch: int, summed: bool, scattered: bool) -> _Case:
     """What is timed of `node` with a weight packed in one of the formats.
 
     Memory for the output is asked for in every run, as in a network: of `Memory`, where dense layers ask the system,
@@ -238,7 +239,7 @@ def _packed_case(packed: object, node: fx.Node, batch: int, summed: bool) -> _Ca
 
 
 @_packed_case.register
-def _n_m_case(packed: NM, node: fx.Node, batch: int, summed: bool) -> _Case:
+def _n_m_case(packed: NM, node: fx.Node, batch: int, summed: bool, scattered: bool) -> _Case:
     val = cast(fx.Node, node.args[0]).meta["val"]
     shape = [*concrete(cast(fx.Node, node.args[0]), batch)[:-1], packed.shape[1]]
     key = ("n_m", digest("n_m"), tuple(shape), packed.shape, packed.n, packed.m, *_kind(val))
@@ -255,7 +256,7 @@ def _n_m_case(packed: NM, node: fx.Node, batch: int, summed: bool) -> _Case:
 
 
 @_packed_case.register
-def _shuffled_block_case(packed: ShuffledBlock, node: fx.Node, batch: int, summed: bool) -> _Case:
+def _shuffled_block_case(packed: ShuffledBlock, node: fx.Node, batch: int, summed: bool, scattered: bool) -> _Case:
     val = cast(fx.Node, node.args[0]).meta["val"]
     shape = concrete(cast(fx.Node, node.args[0]), batch)
     geometry: dict[str, Any] = {}
@@ -267,19 +268,20 @@ def _shuffled_block_case(packed: ShuffledBlock, node: fx.Node, batch: int, summe
     indices = packed.row_ptr.numpy().tobytes() + packed.columns.numpy().tobytes()
     blocks = hashlib.sha256(indices + packed.lanes.encode()).hexdigest()[:16]
     source = triton_digest() if val.is_cuda else digest("shuffled_block")
-    key = ("shuffled_block", source, tuple(shape), packed.shape, str(geometry), summed, blocks, *_kind(val))
+    key = ("shuffled_block", source, tuple(shape), packed.shape, str(geometry), summed, scattered, blocks, *_kind(val))
     if val.is_cuda:
         return _Case.on(val.device, key, lambda: shuffled_block_gpu.run(packed, _filled(shape, val), geometry))
 
     def make() -> Build:
         x = _filled(shape, val)
-        in_order = dataclasses.replace(packed, rows=torch.arange(len(packed.rows), dtype=torch.int32, device="cpu"))
+        rows = packed.rows if scattered else torch.arange(len(packed.rows), dtype=torch.int32, device="cpu")
+        placed = dataclasses.replace(packed, rows=rows)
         windows = [list(geometry.get(n, p)) for n, p in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1)))]
-        out = multiply(in_order, x, **geometry)
+        out = multiply(placed, x, **geometry)
         residual = _filled(out.shape, val) if summed else None
-        layer = fold(in_order.tensors, None, packed.shape, windows, "none", packed.lanes)
+        layer = fold(placed.tensors, None, packed.shape, windows, "none", packed.lanes)
         kept = Memory()
-        return lambda: shuffled_block_into(x, in_order.values, layer, residual, kept.empty_like(out))
+        return lambda: shuffled_block_into(x, placed.values, layer, residual, kept.empty_like(out))
 
     return _Case(key, make)
 

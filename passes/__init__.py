@@ -15,6 +15,7 @@ if __name__ == "passes":
 
 from fxsparse.passes import (
     canonicalize,
+    choose_again,
     choose_formats,
     fold_batch_norm,
     fold_constants,
@@ -38,6 +39,7 @@ STRUCTURE: tuple[ModuleType, ...] = (
 STORAGE: tuple[ModuleType, ...] = (
     choose_formats,  # per weight: dense or a sparse format, by measured time
     permute_channels,  # channels are numbered so that packed weights write their row groups in order
+    choose_again,  # what cannot, timed again
     lower_formats,  # packed weights and the formats' operators
     fuse_epilogues,  # residual sums and activations into them
 )

@@ -19,7 +19,7 @@ from fxsparse.errors import FxSparseError, first_line
 from fxsparse.formats import FORMATS, Format
 from fxsparse.formats.format import Packed
 from fxsparse.ir.decision import Decision
-from fxsparse.ir.graph import get_tensor
+from fxsparse.ir.graph import arg, aten, get_tensor
 from fxsparse.ir.symbols import concrete
 from fxsparse.passes.context import Context
 
@@ -31,7 +31,9 @@ NO_ZEROS = "the weight has no zeros"
 # Bytes of a result for which glibc asks the system at every call, however often it is freed (M_MMAP_THRESHOLD_MAX). A
 # dense layer pays for those new pages; our kernels write into memory that is kept, which may pay without any zeros.
 NEW_PAGES = 32 << 20
-FORMAT, GROUPS = "fxsparse_format", "fxsparse_row_groups"  # keys of node.meta
+# Input channels that fill no vector: oneDNN is slower at convolutions of fewer, and ours may be faster without zeros.
+FEW_CHANNELS = 16
+FORMAT, GROUPS = "fxsparse_format", "fxsparse_row_groups"  # keys of node.meta; format "": decided to be dense
 
 
 def plan(gm: fx.GraphModule, ctx: Context) -> list[Decision]:
@@ -69,7 +71,7 @@ def _best(decisions: Sequence[Decision]) -> list[Decision]:
 def _of_layer(gm: fx.GraphModule, node: fx.Node, ctx: Context) -> list[Decision]:
     """One decision for each format that is for such layers; one alone where none is, or where nothing is sparse."""
     name = str(cast(fx.Node, node.args[1]).target)
-    if not ctx.force_formats and bool(get_tensor(gm, name).all()) and not _takes_new_pages(node, ctx):
+    if not ctx.force_formats and bool(get_tensor(gm, name).all()) and not _may_pay_dense(node, ctx):
         return [Decision("choose_formats", name, "store in a sparse format", NO_ZEROS, False)] if ctx.formats else []
     fitting = _fitting(node, ctx) or [FORMATS[known] for known in ctx.formats[:1]]
     return [_decide(gm, node, f, ctx) for f in fitting]
@@ -80,14 +82,18 @@ def _fitting(node: fx.Node, ctx: Context) -> list[Format]:
     return [FORMATS[known] for known in ctx.formats if node.target in FORMATS[known].layers]
 
 
-def _takes_new_pages(node: fx.Node, ctx: Context) -> bool:
-    """Whether a dense layer's result is so large, where that can be timed."""
+def _may_pay_dense(node: fx.Node, ctx: Context) -> bool:
+    """Whether our kernels may be faster than the dense layer's even without zeros, where that can be timed."""
     val = node.meta["val"]
-    return (
-        ctx.time_format is not None
-        and val.device.type == "cpu"
-        and math.prod(concrete(node, ctx.batch)) * val.dtype.itemsize >= NEW_PAGES
-    )
+    if ctx.time_format is None or val.device.type != "cpu":
+        return False
+    return _has_few_channels(node) or math.prod(concrete(node, ctx.batch)) * val.dtype.itemsize >= NEW_PAGES
+
+
+def _has_few_channels(node: fx.Node) -> bool:
+    """A convolution that is no grouped one: its weights are few as well, and always in the caches."""
+    few = node.target is aten.conv2d.default and cast(fx.Node, node.args[1]).meta["val"].shape[1] < FEW_CHANNELS
+    return few and arg(node, "groups") == 1
 
 
 def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Decision:
@@ -100,7 +106,7 @@ def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Dec
     packed = fmt.pack(weight)
     work, groups = fmt.standard(packed) if ctx.standard_operators else (packed.work, packed.row_groups)
     share = work / weight.numel()
-    if share >= 1 and not _takes_new_pages(node, ctx):
+    if share >= 1 and not _may_pay_dense(node, ctx):
         return Decision("choose_formats", name, what, f"{share:.0%} of the dense layer's work", False)
     data = {"node": node, "format": fmt.name, "groups": groups, "packed": packed, "share": share}
     if ctx.time_format is None or ctx.time_layer is None or ctx.force_formats:
@@ -112,7 +118,7 @@ def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Dec
         sparse_us = ctx.time_format(node, packed) * 1e6
     except (FxSparseError, RuntimeError) as error:  # a GPU's kernels are Triton's and cuSPARSELt's: some cannot run
         return Decision("choose_formats", name, what, f"it cannot run here: {first_line(error)}", False)
-    faster = sparse_us < FASTER * dense_us
+    faster = sparse_us < (1.0 if _has_few_channels(node) else FASTER) * dense_us
     why = f"{share:.0%} of the work: {sparse_us:.0f} us, dense {dense_us:.0f} us"
     data |= {"dense_us": dense_us, "sparse_us": sparse_us}
     return Decision("choose_formats", name, what, why, faster, data)

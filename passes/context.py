@@ -16,9 +16,13 @@ LayerTimer = Callable[[fx.Node, int, int], float]
 
 
 class FormatTimer(Protocol):
-    """Seconds for one such node with a packed weight; `summed`: with the sum that follows it."""
+    """Seconds for one such node with a packed weight.
 
-    def __call__(self, node: fx.Node, packed: Any, summed: bool = False) -> float: ...
+    summed     with the sum that follows it
+    scattered  with its rows where they are, else as if they were in order
+    """
+
+    def __call__(self, node: fx.Node, packed: Any, summed: bool = False, scattered: bool = False) -> float: ...
 
 
 @dataclass

@@ -17,7 +17,7 @@ def plan(gm: fx.GraphModule, ctx: Context) -> list[Decision]:
     """One decision per layer that `choose_formats` gave a format."""
     found = []
     for node in gm.graph.nodes:
-        if node.op == "call_function" and FORMAT in node.meta:
+        if node.op == "call_function" and node.meta.get(FORMAT):
             name = str(cast(fx.Node, node.args[1]).target)
             packed = FORMATS[node.meta[FORMAT]].pack(get_tensor(gm, name), node.meta[GROUPS])
             data = {"node": node, "packed": packed}

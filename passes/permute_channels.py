@@ -29,7 +29,7 @@ def plan(gm: fx.GraphModule, ctx: Context) -> list[Decision]:
     found = numberings(gm)
     writers: dict[Numbering, list[fx.Node]] = {}
     for node in gm.graph.nodes:
-        if FORMAT in node.meta and node.op == "call_function":
+        if node.meta.get(FORMAT) and node.op == "call_function":
             weight = cast(fx.Node, node.args[1])
             writers.setdefault(found[weight, 0], []).append(node)
             if FORMATS[node.meta[FORMAT]].reads_in_order:
@@ -55,28 +55,28 @@ def apply(gm: fx.GraphModule, decision: Decision) -> None:
         node.meta[GROUPS] = [np.sort(position[rows]) for rows in node.meta[GROUPS]]
 
 
-def _decide(numbering: Numbering, writers: list[fx.Node]) -> Decision | None:
-    out_of_order = [n for n in writers if not _in_order(n)]
-    if not out_of_order:
-        return None
-    leader = max((n for n in writers if not FORMATS[n.meta[FORMAT]].writes_anywhere), key=_writes)
-    where, what = owner(leader), f"number {_size(numbering)} channels by the row groups of {owner(leader)}"
-    if numbering.pinned or _in_order(leader):
-        why = numbering.pinned or "others that it is added to would have to follow"
-        return Decision("permute_channels", where, f"{what}: {len(out_of_order)} scatter their rows", why, False)
-    order = _order(leader, _size(numbering))
-    others = [owner(n) for n in writers if not _in_order(n, _inverse(order))]
-    why = "nothing tells its channels apart" + (f"; {', '.join(others)} scatter their rows" if others else "")
-    data = {"order": order, "numberings": [numbering, *numbering.followers], "writers": writers}
-    return Decision("permute_channels", where, what, why, data=data)
-
-
-def _in_order(node: fx.Node, position: NDArray[np.int64] | None = None) -> bool:
+def in_order(node: fx.Node, position: NDArray[np.int64] | None = None) -> bool:
     """Whether the rows of every group follow each other, with row r at `position[r]`, or need not."""
     if FORMATS[node.meta[FORMAT]].writes_anywhere:
         return True
     groups = node.meta[GROUPS] if position is None else [np.sort(position[rows]) for rows in node.meta[GROUPS]]
     return all((np.diff(rows) == 1).all() for rows in groups)
+
+
+def _decide(numbering: Numbering, writers: list[fx.Node]) -> Decision | None:
+    out_of_order = [n for n in writers if not in_order(n)]
+    if not out_of_order:
+        return None
+    leader = max((n for n in writers if not FORMATS[n.meta[FORMAT]].writes_anywhere), key=_writes)
+    where, what = owner(leader), f"number {_size(numbering)} channels by the row groups of {owner(leader)}"
+    if numbering.pinned or in_order(leader):
+        why = numbering.pinned or "others that it is added to would have to follow"
+        return Decision("permute_channels", where, f"{what}: {len(out_of_order)} scatter their rows", why, False)
+    order = _order(leader, _size(numbering))
+    others = [owner(n) for n in writers if not in_order(n, _inverse(order))]
+    why = "nothing tells its channels apart" + (f"; {', '.join(others)} scatter their rows" if others else "")
+    data = {"order": order, "numberings": [numbering, *numbering.followers], "writers": writers}
+    return Decision("permute_channels", where, what, why, data=data)
 
 
 def _inverse(order: Tensor) -> NDArray[np.int64]:

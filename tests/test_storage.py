@@ -268,9 +268,9 @@ def test_without_a_timer_the_stored_elements_decide() -> None:
 
 @pytest.mark.parametrize(("sparse_s", "accepted"), [(1.0, True), (1.73, True), (1.75, False), (3.0, False)])
 def test_a_format_is_chosen_when_its_layer_is_faster_by_a_margin(sparse_s: float, accepted: bool) -> None:
-    model = Of(lambda m, x: m["a"](x), a=conv(8, 64))
-    ctx = Context(lambda *_: 2.0, lambda *_: sparse_s, ("shuffled_block",))
-    _, (decision, *_) = stored(model, integers(1, 8, 5, 5), ctx=ctx)
+    model = Of(lambda m, x: m["a"](x), a=conv(16, 64))
+    ctx = Context(lambda *_: 2.0, lambda *_, **__: sparse_s, ("shuffled_block",))
+    _, (decision, *_) = stored(model, integers(1, 16, 5, 5), ctx=ctx)
     assert decision.accepted == accepted
     assert decision.why.endswith(f"% of the work: {sparse_s * 1e6:.0f} us, dense 2000000 us")
     assert (decision.data["dense_us"], decision.data["sparse_us"]) == (2e6, sparse_s * 1e6)
@@ -280,13 +280,63 @@ def test_a_format_is_chosen_when_its_layer_is_faster_by_a_margin(sparse_s: float
 def test_a_layer_without_zeros_is_timed_where_its_result_is_of_new_pages(
     batch: int, sparse_s: float, accepted: bool
 ) -> None:
-    layer = nn.Conv2d(8, 64, 1)
-    for parameter in layer.parameters():
-        nn.init.constant_(parameter, 3.0)
     ctx = Context(lambda *_: 2.0, lambda *_: sparse_s, ("shuffled_block",), batch=batch)
-    _, (decision, *_) = stored(nn.Sequential(layer), integers(2, 8, 5, 5), ctx=ctx)
+    _, (decision, *_) = stored(without_zeros(16), integers(2, 16, 5, 5), ctx=ctx)
     assert decision.accepted == accepted
     assert ("100% of the work" in decision.why) == (batch > 1)
+
+
+@pytest.mark.parametrize(("channels", "sparse_s", "accepted"), [(3, 1.99, True), (3, 2.01, False), (16, 1.0, False)])
+def test_a_first_layer_without_zeros_needs_no_margin(channels: int, sparse_s: float, accepted: bool) -> None:
+    ctx = Context(lambda *_: 2.0, lambda *_: sparse_s, ("shuffled_block",))
+    _, (decision, *_) = stored(without_zeros(channels), integers(2, channels, 5, 5), ctx=ctx)
+    assert decision.accepted == accepted
+    assert ("100% of the work" in decision.why) == (channels < 16)
+
+
+def without_zeros(channels: int) -> nn.Module:
+    layer = nn.Conv2d(channels, 64, 1)
+    for parameter in layer.parameters():
+        nn.init.constant_(parameter, 3.0)
+    return nn.Sequential(layer)
+
+
+@pytest.mark.parametrize(
+    ("rows_s", "pixels_s", "what", "lanes"),
+    [
+        (1.0, 1.1, "store it otherwise than as shuffled_block", ["rows", "rows"]),
+        (1.2, 1.1, "store as unstructured", ["rows", "pixels"]),
+        (1.8, 1.9, "keep it dense", ["rows"]),
+    ],
+)
+def test_a_layer_that_scatters_its_rows_is_chosen_a_format_again(
+    rows_s: float, pixels_s: float, what: str, lanes: list[str]
+) -> None:
+    """Two layers are added, with groups of their own: the larger leads."""
+
+    def time_format(node: Any, packed: Any, summed: bool = False, scattered: bool = False) -> float:
+        return (rows_s if packed.lanes == "rows" else pixels_s) if scattered else 1.0 if packed.lanes == "rows" else 1.5
+
+    model = Of(lambda m, x: m["end"](m["a"](x) + m["b"](x)), a=conv(16, 64), b=conv(16, 64), end=conv(64, 3))
+    formats = ("shuffled_block", "unstructured")
+    ctx = Context(lambda node, *_: 9.0 if node.args[1].meta["val"].shape[0] == 3 else 2.0, time_format, formats)
+    gm, decisions = stored(model, integers(2, 16, 6, 6), ctx=ctx)
+    (again,) = of(decisions, "choose_again")
+    assert (again.what, again.accepted) == (what, len(lanes) < 2 or "pixels" in lanes)
+    times = f"shuffled_block {rows_s * 1e6:.0f} us, unstructured {pixels_s * 1e6:.0f} us, dense 2000000 us"
+    assert again.why == f"its rows stay scattered: {times}"
+    assert sorted(str(arg(n, "lanes")) for n in layers(gm) if arg(n, "shape")[0] == 64) == sorted(lanes)
+
+
+def test_the_report_says_why_a_scattered_layer_is_dense_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of_format(self: Any, node: Any, packed: Any, summed: bool = False, scattered: bool = False) -> float:
+        return 1.0 if scattered else 1e-12
+
+    monkeypatch.setattr("fxsparse.measure.LayerTimes.of_format", of_format)
+    model = Of(lambda m, x: m["end"](m["a"](x) + m["b"](x)), a=conv(16, 64), b=conv(16, 64), end=conv(64, 3)).eval()
+    report = fxsparse.compile(model, target="eager", example_inputs=(integers(2, 16, 6, 6),)).report
+    (scattered,) = [r for r in report.rows if r.stored == "dense" and r.name != "layers.end.weight"]
+    assert scattered.dense_for.startswith("its rows stay scattered: shuffled_block 1000000 us")
 
 
 def test_a_target_without_formats_gets_none() -> None:

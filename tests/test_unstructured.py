@@ -85,7 +85,7 @@ def test_sums_and_activations_are_fused_and_rows_are_written_where_they_belong()
 
 def test_channels_are_numbered_for_those_whose_order_matters() -> None:
     """The first to write does not care, so the other one leads."""
-    choose = Context(lambda *_: 9.0, lambda _, p: 1.0 if (p.lanes == "pixels") == (p.shape[1] == 16) else 2.0,
+    choose = Context(lambda *_: 9.0, lambda _, p, **__: 1.0 if (p.lanes == "pixels") == (p.shape[1] == 16) else 2.0,
                      ("shuffled_block", "unstructured"))  # fmt: skip
     model = Of(lambda m, x: m["end"](m["a"](x) + m["b"](x[:, :8])), a=conv(16, 64), b=conv(8, 64), end=conv(64, 3))
     gm, decisions = stored(model, integers(1, 16, 5, 5), ctx=choose)
@@ -98,7 +98,7 @@ def test_channels_are_numbered_for_those_whose_order_matters() -> None:
 
 @pytest.mark.parametrize(("rows_s", "pixels_s", "best"), [(1.0, 0.5, "unstructured"), (0.4, 0.5, "shuffled_block")])
 def test_the_faster_way_to_fill_the_lanes_is_chosen(rows_s: float, pixels_s: float, best: str) -> None:
-    ctx = Context(lambda *_: 2.0, lambda _, p: rows_s if p.lanes == "rows" else pixels_s,
+    ctx = Context(lambda *_: 2.0, lambda _, p, **__: rows_s if p.lanes == "rows" else pixels_s,
                   ("shuffled_block", "unstructured"))  # fmt: skip
     _, decisions = stored(Of(lambda m, x: m["a"](x), a=conv(8, 64)), integers(1, 8, 5, 5), ctx=ctx)
     chosen = [d for d in of(decisions, "choose_formats") if d.accepted]

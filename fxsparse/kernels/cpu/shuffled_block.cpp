@@ -43,6 +43,8 @@ struct Convolution {
     const T* residual;
     int64_t pixels_in = 0, pixels_out = 0;  // of all images
     bool copies = false;                    // the input is read from a padded (or widened) copy of a band
+    bool picks = false;                     // some of the input's pixels are copied, each is read once
+    const Problem given = q;                // before `flatten`
     int64_t left = 0, right = 0;            // output columns between which no tap leaves the image sideways
     int64_t band = 0, bands = 0, parts = 0; // output rows of a band; bands of an image; parts of the groups
     int64_t together = 1;                   // images handled at once: a line of pixels is one of each
@@ -58,13 +60,15 @@ struct Convolution {
         return (out_rows - 1) * q.stride_y + (q.kernel_height - 1) * q.dilation_y + 1;
     }
 
-    // One input pixel makes one output pixel: images and rows do not matter, so cut all pixels into lines of one length.
+    // Output pixels that read one input pixel each: images and rows do not matter, so cut all pixels into lines of one length.
     void flatten() {
         pixels_out = q.images * q.out_height * q.out_width;
         pixels_in = q.images * q.height * q.width;
-        const bool pointwise = q.kernel_height * q.kernel_width * q.stride_y * q.stride_x == 1;
-        if (!pointwise || q.padding_y || q.padding_x) return;
-        q.images = 1;
+        const bool some = q.stride_y * q.stride_x > 1, few_weights = value_ptr[q.groups] * SIZE <= WEIGHT_BYTES;
+        if (q.kernel_height * q.kernel_width > 1 || q.padding_y || q.padding_x || (some && few_weights)) return;
+        picks = some;
+        if (picks) pixels_in = pixels_out;
+        q.images = q.stride_y = q.stride_x = 1;
         q.width = q.out_width = std::min(LINE, pixels_out);
         q.height = q.out_height = (pixels_out + q.width - 1) / q.width;
     }
@@ -75,9 +79,10 @@ struct Convolution {
         right = std::min(q.out_width, (q.width + q.padding_x - taps_wide()) / q.stride_x + 1);
         const bool padded = q.padding_y || q.padding_x;
         const bool small = q.height * q.width * q.channels * SIZE <= COPIED_BYTES;
-        copies = !std::is_same_v<T, Read<T>> || (padded && (small || right - left < SHORT_LINE));
+        copies = picks || !std::is_same_v<T, Read<T>> || (padded && (small || right - left < SHORT_LINE));
+        const int64_t room = value_ptr[q.groups] * SIZE > 4 * WEIGHT_BYTES ? 2 * BAND_BYTES : BAND_BYTES;
         const int64_t in_row = (copies ? copy_width() : q.width) * q.channels * q.stride_y;
-        band = std::max<int64_t>(1, BAND_BYTES / SIZE / (in_row + q.out_width * q.out_channels));
+        band = std::max<int64_t>(1, room / SIZE / (in_row + q.out_width * q.out_channels));
         if (copies) band = std::max(band, std::min<int64_t>(q.out_height, q.kernel_height * q.dilation_y));
         bands = (q.out_height + band - 1) / band;
         band = (q.out_height + bands - 1) / bands;
@@ -154,8 +159,17 @@ struct Convolution {
             const int64_t at = (image * q.height + row) * q.width + from_x + before;
             const int64_t kept = std::clamp<int64_t>(pixels_in - at, 0, end - before);  // the last line may be short
             std::memset(to, 0, before * q.channels * SIZE);
-            copy(x + at * q.channels, kept * q.channels, to + before * q.channels);
+            if (picks) pick(at, kept, to);
+            else copy(x + at * q.channels, kept * q.channels, to + before * q.channels);
             std::memset(to + (before + kept) * q.channels, 0, (wide - before - kept) * q.channels * SIZE);
+        }
+    }
+    // Of `n` output pixels from `first` on the input pixels.
+    void pick(int64_t first, int64_t n, Read<T>* to) const {
+        for (int64_t pixel = first; pixel < first + n; pixel++, to += q.channels) {
+            const int64_t row = pixel / given.out_width, image = row / given.out_height;
+            const int64_t y_in = row % given.out_height * given.stride_y, x_in = pixel % given.out_width * given.stride_x;
+            copy(x + ((image * given.height + y_in) * given.width + x_in) * q.channels, q.channels, to);
         }
     }
     static void copy(const Read<T>* from, int64_t n, Read<T>* to) { std::memcpy(to, from, n * SIZE); }
@@ -234,20 +248,19 @@ struct Convolution {
                 x1 - x0};
     }
 
-    // Position of every column of the groups relative to a pixel. Columns ascend, so taps change seldom.
+    // Position of every column of the groups relative to a pixel: all of a tap are shifted alike, and columns ascend.
     void locate(int64_t part, const Field<T>& f, std::vector<int32_t>& offset) const {
-        const int32_t first = column_ptr[part_ptr[part]];
-        offset.resize(column_ptr[part_ptr[part + 1]] - first);
-        int64_t begin = 0, end = 0, shift = 0;
-        for (size_t k = 0; k < offset.size(); k++) {
-            const int64_t column = columns[first + k];
-            if (column < begin || column >= end) {
-                const int64_t tap = column / q.channels, ky = tap / q.kernel_width, kx = tap % q.kernel_width;
-                begin = tap * q.channels;
-                end = begin + q.channels;
-                shift = ky * q.dilation_y * f.row_step + kx * q.dilation_x * f.tap_step - begin;
+        const int32_t* const first = columns + column_ptr[part_ptr[part]];
+        offset.resize(columns + column_ptr[part_ptr[part + 1]] - first);
+        for (int64_t g = part_ptr[part]; g < part_ptr[part + 1]; g++) {
+            const int32_t *column = columns + column_ptr[g], *const end = columns + column_ptr[g + 1];
+            while (column < end) {
+                const int64_t tap = *column / q.channels, ky = tap / q.kernel_width, kx = tap % q.kernel_width;
+                const int32_t* const next = std::lower_bound(column, end, (tap + 1) * q.channels);
+                const auto shift = static_cast<int32_t>(ky * q.dilation_y * f.row_step + kx * q.dilation_x * f.tap_step -
+                                                        tap * q.channels);
+                for (int32_t* to = offset.data() + (column - first); column < next; column++) *to++ = *column + shift;
             }
-            offset[k] = static_cast<int32_t>(column + shift);
         }
     }
 

@@ -122,6 +122,15 @@ inline void store(Vec v, BFloat16* to) {
     const __m256bh narrow = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(narrow));
 }
+#else
+inline Vec load(const BFloat16* from) {
+    Vec v;
+    for (int i = 0; i < LANES; i++) v[i] = widen(from[i]);
+    return v;
+}
+inline void store(Vec v, BFloat16* to) {
+    for (int i = 0; i < LANES; i++) narrow(v[i], to + i);
+}
 #endif
 
 // The first `n` lanes only: what lies behind them belongs to another group.
@@ -186,16 +195,15 @@ template <typename T>
 __attribute__((noinline)) void put_lanes(float* lane, int pixels, int64_t width, const Sink<T>& sink) {
     const int64_t n = std::min(width, sink.lanes);
     const int32_t* rows = sink.rows;
+    alignas(64) T one[WIDEST * LANES] = {};  // of a pixel
     for (int p = 0; p < pixels; p++, lane += width) {
         T* y = sink.y + p * sink.step;
         if (const T* from = sink.residual ? sink.residual + p * sink.step : nullptr) {
-            if (sink.in_order) for (int64_t i = 0; i < n; i++) lane[i] += widen(from[rows[0] + i]);
-            else for (int64_t i = 0; i < n; i++) lane[i] += widen(from[rows[i]]);
+            for (int64_t i = 0; i < n; i++) one[i] = from[sink.in_order ? rows[0] + i : rows[i]];
+            for (int64_t i = 0; i < n; i += LANES) store(load(lane + i) + load(one + i), lane + i);
         }
-        if (sink.activation != NONE)
-            for (int64_t i = 0; i < n; i += LANES) store(activate(load(lane + i), sink.activation), lane + i);
-        if (sink.in_order) for (int64_t i = 0; i < n; i++) narrow(lane[i], y + rows[0] + i);
-        else for (int64_t i = 0; i < n; i++) narrow(lane[i], y + rows[i]);
+        for (int64_t i = 0; i < n; i += LANES) store(activate(load(lane + i), sink.activation), one + i);
+        for (int64_t i = 0; i < n; i++) y[sink.in_order ? rows[0] + i : rows[i]] = one[i];
     }
 }
 
