@@ -330,7 +330,7 @@ void tile(const Read<T>* line, const int64_t* place, int64_t step, const int32_t
     if (sink.in_order && sink.fetch) {
         const int64_t n = std::min<int64_t>(sink.lanes, V * LANES);
         for (int p = 0; p < P; p++)
-            for (int64_t lane = 0; lane < n; lane += 16) {
+            for (int64_t lane = 0; lane < n; lane += 64 / static_cast<int64_t>(sizeof(T))) {
                 const int64_t at = p * sink.step + sink.rows[0] + lane;
                 __builtin_prefetch(sink.y + at, 1, 2);
                 if (sink.residual) __builtin_prefetch(sink.residual + at, 0, 2);
