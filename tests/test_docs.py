@@ -12,7 +12,8 @@ import pytest
 import fxsparse
 from fxsparse import cli
 from fxsparse.measure import Runs
-from tools import bench, layers
+from tools import bench, layers, tables
+from tools.cases import MATRIX
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,21 +53,21 @@ def test_the_readme_s_commands_exist() -> None:
 
 
 def test_the_readme_s_table_is_the_committed_rows() -> None:
-    shown = README.split(bench.MARKS[0])[1].split(bench.MARKS[1])[0].strip()
-    assert shown == bench.table(bench.load_rows()).strip()
+    shown = README.split(tables.MARKS[0])[1].split(tables.MARKS[1])[0].strip()
+    assert shown == tables.table(tables.load_rows()).strip()
 
 
 def test_the_architecture_s_table_of_layers_is_the_committed_rows() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     shown = text.split("<!-- layers: begin -->")[1].split("<!-- layers: end -->")[0].strip()
-    assert shown == layers.table(bench.load_rows("layers")).strip()
+    assert shown == layers.table(tables.load_rows("layers")).strip()
 
 
 def test_the_matrix_names_every_case_that_is_slower_than_dense() -> None:
-    rows = bench.load_rows("matrix")
+    rows = tables.load_rows("matrix")
     slower = [r for r in rows if r["speedup"] < 0.98]
     assert slower
-    shown = bench.matrix(rows)
+    shown = tables.matrix(rows)
     assert f"{len(rows)} cases, {len(slower)} below 0.98 times the best dense build" in shown
     assert all(f"{r['model']} {r['recipe']} {r['sparsity']}: {r['speedup']}" in shown for r in slower)
 
@@ -75,8 +76,7 @@ def test_a_suite_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: p
     out, started = tmp_path / "rows.jsonl", []
     others: list[dict[str, Any]] = [{}, {"dtype": "bfloat16"}, {"target": "auto"}]
     had = [
-        {**case, "dtype": "float32", "target": "inductor", **other}
-        for case, other in zip(bench.MATRIX, others, strict=False)
+        {**case, "dtype": "float32", "target": "inductor", **other} for case, other in zip(MATRIX, others, strict=False)
     ]
     out.write_text("".join(json.dumps(row) + "\n" for row in had))
 
@@ -90,11 +90,11 @@ def test_a_suite_goes_on_where_it_was_interrupted(tmp_path: Path, monkeypatch: p
     pairs = [zip(command[3:-1:2], command[4:-1:2], strict=True) for command in started]
     cases = [{name.removeprefix("--"): value for name, value in found} for found in pairs]
     sparsities = [(c["model"], c["recipe"], float(c["sparsity"])) for c in cases]
-    assert sparsities == [(c["model"], c["recipe"], c["sparsity"]) for c in bench.MATRIX[1:]]
+    assert sparsities == [(c["model"], c["recipe"], c["sparsity"]) for c in MATRIX[1:]]
 
 
 def test_every_row_says_where_it_comes_from() -> None:
-    rows = bench.load_rows()
+    rows = tables.load_rows()
     assert rows
     for row in rows:
         for key in ("machine", "versions", "commit", "date", "command", "best_dense", "builds_ms", "rounds"):
@@ -121,7 +121,7 @@ def test_a_page_s_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_table_of_two_four_layers_is_the_committed_rows() -> None:
     text = (ROOT / "docs" / "n_m.md").read_text(encoding="utf-8")
     shown = text.split("<!-- n_m: begin -->")[1].split("<!-- n_m: end -->")[0].strip()
-    assert shown == layers.n_m_table(bench.load_rows("n_m")).strip()
+    assert shown == layers.n_m_table(tables.load_rows("n_m")).strip()
 
 
 def test_a_row_compares_with_the_slim_model_in_the_rounds_that_timed_both() -> None:

@@ -24,8 +24,8 @@ from fxsparse.errors import InputError, TargetError, VerificationError
 from fxsparse.formats import shuffled_block_aten as expanded
 from fxsparse.formats.shuffled_block_op import shuffled_block
 from tests.test_storage import Of
-from tools import bench
 from tools.block_recipes import shuffled_blocks
+from tools.tables import load_rows
 
 
 class Small(nn.Module):
@@ -424,7 +424,7 @@ def test_an_index_beyond_its_table_is_an_input_error() -> None:
 
 def test_the_page_counts_the_committed_rows() -> None:
     root = Path(__file__).parents[1]
-    rows = [row for row in bench.load_rows("onnx") if row["dtype"] == "float32"]
+    rows = [row for row in load_rows("onnx") if row["dtype"] == "float32"]
     assert not any("allowed 0.0" in said for row in rows for said in row["verified"].values())  # outputs of zeros
     assert all(set(row["verified"]) == {"1", "2", "5"} and not row["not_in_tensorrt"] for row in rows)
     page = (root / "docs" / "onnx.md").read_text(encoding="utf-8")
