@@ -127,6 +127,8 @@ REAL = [
     ((512, 512, 3, 3), (17, 2, 2, 512), 1, 1), ((512, 256, 3, 3), (5, 4, 3, 256), 2, 1),
     ((512, 512, 3, 3), (3, 7, 7, 512), 1, 1), ((256, 256, 3, 3), (4, 15, 14, 256), 1, 1),
     ((512, 1024, 1, 1), (6, 7, 5, 1024), 2, 0), ((300, 512, 3, 3), (9, 1, 1, 512), 1, 1),
+    # every second pixel picked out of many images, the last line short
+    ((512, 1024, 1, 1), (5, 13, 9, 1024), 2, 0),
     # narrow images of several bands, each copied; many pointwise pixels, the last line short
     ((48, 512, 3, 3), (1, 30, 31, 512), 1, 1), ((33, 300, 5, 5), (2, 39, 21, 300), 2, 2),
     ((80, 96, 1, 1), (1, 37, 41, 96), 1, 0),
@@ -530,7 +532,7 @@ from fxsparse.formats.shuffled_block import pack
 from fxsparse.kernels.shared import LANES
 for shape, size, s, p in [((70, 5, 3, 3), (2, 9, 7, 5), 1, 1), ((33, 64, 3, 3), (1, 40, 57, 64), 2, 1),
                           ((20, 8, 1, 1), (3, 11, 13, 8), 1, 0), ((20, 3, 7, 7), (1, 30, 31, 3), 2, 3),
-                          ((20, 16, 3, 3), (9, 3, 1, 16), 1, 1)]:
+                          ((20, 16, 3, 3), (9, 3, 1, 16), 1, 1), ((40, 24, 1, 1), (3, 9, 14, 24), 2, 0)]:
     for dtype, lanes in itertools.product((torch.float32, torch.bfloat16), LANES):
         weight = blocks(shape, 32 if lanes == "rows" else 3, 0.4, 0).to(dtype)
         w, x = pack(weight, lanes=lanes), torch.randn(size).to(dtype)
