@@ -259,14 +259,14 @@ def _rewrite(captured: Captured, options: Options) -> _Rewritten:
     times.save()
     plan = plan + without_a_row(dense, rows, captured.masks, plan)
     other = None
-    if shrunk is not None and any(d.step == "choose_formats" for d in stored.accepted):
+    if shrunk is not None and any(d.step == "lower_formats" for d in stored.accepted):
         other = _Rewritten(captured, dense, shrunk, plan + _outdone(stored), rows, ref)
     return _Rewritten(captured, dense, gm, plan + stored, with_formats(rows, layers, stored), ref, other)
 
 
 def _outdone(stored: Plan) -> Plan:
     """What was decided about formats, for the report of a build without them."""
-    chosen = [d for d in stored if d.step in ("choose_formats", "choose_again")]
+    chosen = [d for d in stored if d.step == "choose_formats"]
     why = "a build without formats was faster"
     return Plan(tuple(
         dataclasses.replace(d, why=f"{d.why}; {why}", accepted=False) if d.accepted else d for d in chosen

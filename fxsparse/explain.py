@@ -66,8 +66,8 @@ def rows_of(gm: fx.GraphModule, layers: Iterable[Layer], ctx: Context, plan: Pla
 
 def with_formats(rows: Iterable[Row], layers: Iterable[Layer], plan: Plan) -> list[Row]:
     """The rows with what the choices of formats decided: stored and multiplied are then whole blocks only."""
-    choices = [d for d in plan.accepted if d.step in ("choose_formats", "choose_again")]  # the later one counts
-    decided = {d.data["node"]: d for d in choices}
+    choices = [d for d in plan if d.step == "choose_again" or (d.step == "choose_formats" and d.accepted)]
+    decided = {d.data["node"]: d for d in choices}  # the later one knows more, also where it leaves the format
     chosen = {node: d.data for node, d in decided.items() if d.data["format"] != "dense"}
     refused = {d.where: d.why for d in decided.values() if d.data["format"] == "dense"}
     for d in sorted((d for d in plan.refused if d.step == "choose_formats" and d.why != NO_ZEROS), key=_best_first):

@@ -265,23 +265,24 @@ def _shuffled_block_case(packed: ShuffledBlock, node: fx.Node, batch: int, summe
         shape = [shape[i] for i in (0, 2, 3, 1)]
     shape[-1] = packed.shape[1]  # before the cut a layer is timed with the columns that will be left
     packed = packed if val.is_cuda else as_run(packed)
-    indices = packed.row_ptr.numpy().tobytes() + packed.columns.numpy().tobytes()
+    if not val.is_cuda and not (scattered and packed.lanes == "rows"):  # with pixels in lanes their order costs nothing
+        in_order = torch.arange(len(packed.rows), dtype=torch.int32, device="cpu")
+        packed = dataclasses.replace(packed, rows=in_order)
+    indices = b"".join(t.numpy().tobytes() for t in (packed.row_ptr, packed.columns, packed.rows))
     blocks = hashlib.sha256(indices + packed.lanes.encode()).hexdigest()[:16]
     source = triton_digest() if val.is_cuda else digest("shuffled_block")
-    key = ("shuffled_block", source, tuple(shape), packed.shape, str(geometry), summed, scattered, blocks, *_kind(val))
+    key = ("shuffled_block", source, tuple(shape), packed.shape, str(geometry), summed, blocks, *_kind(val))
     if val.is_cuda:
         return _Case.on(val.device, key, lambda: shuffled_block_gpu.run(packed, _filled(shape, val), geometry))
 
     def make() -> Build:
         x = _filled(shape, val)
-        rows = packed.rows if scattered else torch.arange(len(packed.rows), dtype=torch.int32, device="cpu")
-        placed = dataclasses.replace(packed, rows=rows)
         windows = [list(geometry.get(n, p)) for n, p in (("stride", (1, 1)), ("padding", (0, 0)), ("dilation", (1, 1)))]
-        out = multiply(placed, x, **geometry)
+        out = multiply(packed, x, **geometry)
         residual = _filled(out.shape, val) if summed else None
-        layer = fold(placed.tensors, None, packed.shape, windows, "none", packed.lanes)
+        layer = fold(packed.tensors, None, packed.shape, windows, "none", packed.lanes)
         kept = Memory()
-        return lambda: shuffled_block_into(x, placed.values, layer, residual, kept.empty_like(out))
+        return lambda: shuffled_block_into(x, packed.values, layer, residual, kept.empty_like(out))
 
     return _Case(key, make)
 

@@ -15,8 +15,8 @@ from fxsparse.formats import FORMATS
 from fxsparse.formats.format import Packed
 from fxsparse.ir.decision import Decision
 from fxsparse.ir.graph import get_tensor
-from fxsparse.passes.choose_formats import FASTER, FORMAT, GROUPS
-from fxsparse.passes.context import Context
+from fxsparse.passes.choose_formats import FORMAT, GROUPS, is_summed, margin
+from fxsparse.passes.context import Context, FormatTimer, LayerTimer
 from fxsparse.passes.permute_channels import in_order
 
 
@@ -25,7 +25,8 @@ def plan(gm: fx.GraphModule, ctx: Context) -> list[Decision]:
     if ctx.time_format is None or ctx.time_layer is None or ctx.force_formats:
         return []
     packed = [n for n in gm.graph.nodes if n.op == "call_function" and n.meta.get(FORMAT)]
-    return [_decide(gm, n, ctx) for n in packed if n.meta["val"].device.type == "cpu" and not in_order(n)]
+    scattered = [n for n in packed if n.meta["val"].device.type == "cpu" and not in_order(n)]
+    return [_decide(node, *_ways(gm, node, ctx), ctx.time_format, ctx.time_layer) for node in scattered]
 
 
 def apply(gm: fx.GraphModule, decision: Decision) -> None:
@@ -35,23 +36,23 @@ def apply(gm: fx.GraphModule, decision: Decision) -> None:
     node.meta[GROUPS] = packed.row_groups if packed else []
 
 
-def _decide(gm: fx.GraphModule, node: fx.Node, ctx: Context) -> Decision:
-    assert ctx.time_layer is not None
-    assert ctx.time_format is not None
-    name, now = str(cast(fx.Node, node.args[1]).target), node.meta[FORMAT]
-    weight = get_tensor(gm, name)
-    ways: dict[str, Packed | None] = {now: FORMATS[now].pack(weight, node.meta[GROUPS])}
-    ways |= {other: FORMATS[other].pack(weight) for other in _anywhere(node, weight, ctx)}
-    seconds = {way: ctx.time_format(node, packed, scattered=True) for way, packed in ways.items() if packed is not None}
-    ways["dense"], seconds["dense"] = None, ctx.time_layer(node, *weight.shape[:2])
-    best = min(seconds, key=lambda way: seconds[way] * (FASTER if way == "dense" else 1))
-    times = ", ".join(f"{way} {s * 1e6:.0f} us" for way, s in seconds.items())
-    data: dict[str, Any] = {"node": node, "format": best, "packed": ways[best]}
+def _ways(gm: fx.GraphModule, node: fx.Node, ctx: Context) -> tuple[Tensor, dict[str, Packed]]:
+    """The weight, and what it is in its format and in those that scattered rows cost nothing."""
+    weight, now = get_tensor(gm, str(cast(fx.Node, node.args[1]).target)), node.meta[FORMAT]
+    others = [FORMATS[name] for name in ctx.formats if node.target in FORMATS[name].layers]
+    anywhere = {f.name: f.pack(weight) for f in others if f.writes_anywhere and not f.why_not(node, weight)}
+    return weight, {now: FORMATS[now].pack(weight, node.meta[GROUPS]), **anywhere}
+
+
+def _decide(
+    node: fx.Node, weight: Tensor, ways: dict[str, Packed], time_format: FormatTimer, time_layer: LayerTimer
+) -> Decision:
+    now, summed = node.meta[FORMAT], is_summed(node)
+    seconds = {way: time_format(node, packed, summed=summed, scattered=True) for way, packed in ways.items()}
+    seconds["dense"] = time_layer(node, *weight.shape[:2])
+    best = min(seconds, key=lambda way: seconds[way] * (margin(node) if way == "dense" else 1))
     what = {"dense": "keep it dense", now: f"store it otherwise than as {now}"}.get(best, f"store as {best}")
+    times = ", ".join(f"{way} {s * 1e6:.0f} us" for way, s in seconds.items())
+    data: dict[str, Any] = {"node": node, "format": best, "packed": ways.get(best), "sparse_us": seconds[best] * 1e6}
+    name = str(cast(fx.Node, node.args[1]).target)
     return Decision("choose_again", name, what, f"its rows stay scattered: {times}", best != now, data)
-
-
-def _anywhere(node: fx.Node, weight: Tensor, ctx: Context) -> list[str]:
-    """The target's formats that need no order of rows."""
-    fitting = [FORMATS[name] for name in ctx.formats if node.target in FORMATS[name].layers]
-    return [f.name for f in fitting if f.writes_anywhere and not f.why_not(node, weight)]

@@ -22,6 +22,7 @@ from fxsparse.ir.decision import Decision
 from fxsparse.ir.graph import arg, aten, get_tensor
 from fxsparse.ir.symbols import concrete
 from fxsparse.passes.context import Context
+from fxsparse.passes.fuse_epilogues import is_sum
 
 # Timed alone, on warm caches, a packed layer looks better than it is inside a network. With 0.97 here ResNet-50 at 15 %
 # sparsity ended up slower than dense: that row is in tools/rows.
@@ -31,8 +32,9 @@ NO_ZEROS = "the weight has no zeros"
 # Bytes of a result for which glibc asks the system at every call, however often it is freed (M_MMAP_THRESHOLD_MAX). A
 # dense layer pays for those new pages; our kernels write into memory that is kept, which may pay without any zeros.
 NEW_PAGES = 32 << 20
-# Input channels that fill no vector: oneDNN is slower at convolutions of fewer, and ours may be faster without zeros.
-FEW_CHANNELS = 16
+# oneDNN is slower at convolutions of few input channels, which fill no vector, and ours may be faster without zeros.
+# Weights of so few bytes are in the caches in a network too.
+FEW_CHANNELS, FEW_BYTES, FASTER_WITH_FEW = 16, 64 << 10, 0.97
 FORMAT, GROUPS = "fxsparse_format", "fxsparse_row_groups"  # keys of node.meta; format "": decided to be dense
 
 
@@ -87,13 +89,25 @@ def _may_pay_dense(node: fx.Node, ctx: Context) -> bool:
     val = node.meta["val"]
     if ctx.time_format is None or val.device.type != "cpu":
         return False
-    return _has_few_channels(node) or math.prod(concrete(node, ctx.batch)) * val.dtype.itemsize >= NEW_PAGES
+    return _has_few_weights(node) or math.prod(concrete(node, ctx.batch)) * val.dtype.itemsize >= NEW_PAGES
 
 
-def _has_few_channels(node: fx.Node) -> bool:
-    """A convolution that is no grouped one: its weights are few as well, and always in the caches."""
-    few = node.target is aten.conv2d.default and cast(fx.Node, node.args[1]).meta["val"].shape[1] < FEW_CHANNELS
-    return few and arg(node, "groups") == 1
+def margin(node: fx.Node) -> float:
+    """Times the dense layer's seconds: what a packed one has to take less than."""
+    return FASTER_WITH_FEW if _has_few_weights(node) else FASTER
+
+
+def _has_few_weights(node: fx.Node) -> bool:
+    """An ungrouped convolution of few input channels, as first ones are."""
+    if node.target is not aten.conv2d.default or arg(node, "groups") != 1:
+        return False
+    weight = cast(fx.Node, node.args[1]).meta["val"]
+    return bool(weight.shape[1] < FEW_CHANNELS and weight.numel() * weight.itemsize <= FEW_BYTES)
+
+
+def is_summed(layer: fx.Node) -> bool:
+    """Whether its rows are read and written once more, for a sum: `fuse_epilogues` will put that into the layer."""
+    return len(layer.users) == 1 and all(is_sum(user, layer) for user in layer.users)
 
 
 def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Decision:
@@ -118,7 +132,7 @@ def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Dec
         sparse_us = ctx.time_format(node, packed) * 1e6
     except (FxSparseError, RuntimeError) as error:  # a GPU's kernels are Triton's and cuSPARSELt's: some cannot run
         return Decision("choose_formats", name, what, f"it cannot run here: {first_line(error)}", False)
-    faster = sparse_us < (1.0 if _has_few_channels(node) else FASTER) * dense_us
+    faster = sparse_us < margin(node) * dense_us
     why = f"{share:.0%} of the work: {sparse_us:.0f} us, dense {dense_us:.0f} us"
     data |= {"dense_us": dense_us, "sparse_us": sparse_us}
     return Decision("choose_formats", name, what, why, faster, data)

@@ -14,7 +14,7 @@ from fxsparse.passes.context import Context
 
 
 def plan(gm: fx.GraphModule, ctx: Context) -> list[Decision]:
-    """One decision per layer that `choose_formats` gave a format."""
+    """One decision per layer that was given a format."""
     found = []
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.meta.get(FORMAT):

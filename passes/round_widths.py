@@ -17,9 +17,8 @@ from fxsparse.ir.facts import Facts
 from fxsparse.ir.graph import get_tensor
 from fxsparse.ir.layout import Layout, Space
 from fxsparse.passes.choose_formats import FASTER as FASTER_PACKED
-from fxsparse.passes.choose_formats import packings
+from fxsparse.passes.choose_formats import is_summed, packings
 from fxsparse.passes.context import Context
-from fxsparse.passes.fuse_epilogues import is_sum
 
 ROUND_TO = 16  # floats in an AVX-512 register and in a cache line; channels in a block of oneDNN's convolutions
 FASTER = 0.97  # rounded layers must be at least this much faster: less is noise
@@ -70,9 +69,4 @@ def _seconds(gm: fx.GraphModule, layer: fx.Node, kept: list[Tensor], ctx: Contex
     for dim, indices in enumerate(kept):
         weight = weight.index_select(dim, indices.to(weight.device))
     packed = [p for p in packings(layer, weight, ctx) if ctx.time_format(layer, p) < FASTER_PACKED * dense_s]
-    return min([ctx.time_format(layer, p, _is_summed(layer)) for p in packed], default=dense_s)
-
-
-def _is_summed(layer: fx.Node) -> bool:
-    """Whether its rows are read and written once more, for a sum: `fuse_epilogues` will put that into the layer."""
-    return len(layer.users) == 1 and all(is_sum(user, layer) for user in layer.users)
+    return min([ctx.time_format(layer, p, is_summed(layer)) for p in packed], default=dense_s)

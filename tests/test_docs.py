@@ -126,11 +126,21 @@ def test_the_table_of_two_four_layers_is_the_committed_rows() -> None:
 
 def test_a_row_compares_with_the_slim_model_in_the_rounds_that_timed_both() -> None:
     """A near tie is timed longer, without the rest: rounds of another minute are no comparison."""
-    common = Runs({"dense: a": [2.0] * 3, "fxsparse": [1.9] * 3, "slim: a": [1.0] * 3, "torch.compile": [3.8] * 3})
+    common = Runs({"dense: a": [2.0] * 3, "fxsparse": [1.9] * 3, "slim: a": [1.0] * 3, "torch.compile": [3.8] * 3,
+                   "torch.compile alone": [2.85] * 3})  # fmt: skip
     longer = common.and_then(Runs({"dense: a": [2.0] * 9, "fxsparse": [1.0] * 9}))
     arguments = bench._parser().parse_args(["--model", "m"])
     report = SimpleNamespace(params_before=4, params_after=2, macs_before=8, macs_after=4, chosen="sparse",
                              verification="", decisions=[])  # fmt: skip
     row = bench._row(arguments, cast(fxsparse.Report, report), longer, common, {})
     assert (row["speedup"], row["rounds"], row["eta"]) == (2.0, 12, 1.0)
-    assert (row["over_slim"], row["torch_compile"]) == (1.9, 2.0)
+    assert (row["over_slim"], row["torch_compile"], row["torch_compile_alone"]) == (1.9, 2.0, 1.5)
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--model", "resnet19"], "no model 'resnet19' .* Did you mean 'resnet18'"),
+    (["--recipe", "shuffled_block"], "no recipe 'shuffled_block'. Did you mean 'shuffled_blocks'"),
+])  # fmt: skip
+def test_the_benchmark_refuses_names_it_does_not_know(flags: list[str], said: str) -> None:
+    with pytest.raises(SystemExit, match=said):
+        bench.main(flags)

@@ -194,6 +194,23 @@ def test_narrower_vectors_give_the_same(
     torch.testing.assert_close(y, expected, rtol=tolerance, atol=atol)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pixels_are_picked_with_any_vectors(dtype: torch.dtype) -> None:
+    """Many weights and a stride; lines of pixels from several images, the last one short."""
+    w = blocks((512, 1024, 1, 1), 32, 0.3, 0).to(dtype)
+    x, residual = (torch.randn(5, *size, generator=torch.Generator().manual_seed(1)).to(dtype)
+                   for size in ((13, 9, 1024), (7, 5, 512)))  # fmt: skip
+    agrees(w, x, {"stride": (2, 2)}, residual=residual, activation="relu")
+    packed, y = pack(w), torch.empty_like(residual)
+    expected = multiply(packed, x, None, residual, stride=(2, 2), activation="relu")
+    for isa in list(build._ISA)[list(build._ISA).index(build.instruction_set()) + 1 :]:
+        kernel.run(x, y, packed.tensors, None, residual, ((1, 1), (2, 2), (0, 0), (1, 1)), "relu", "rows", isa)
+        tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(
+            y, expected, rtol=tolerance, atol=10 * tolerance, msg=lambda m, isa=isa: f"{isa}: {m}"
+        )
+
+
 def test_a_batch_of_nothing_gives_nothing() -> None:
     assert multiply(pack(torch.ones(4, 3, 3, 3)), torch.empty(0, 8, 8, 3), padding=(1, 1)).shape == (0, 8, 8, 4)
 
@@ -532,7 +549,7 @@ from fxsparse.formats.shuffled_block import pack
 from fxsparse.kernels.shared import LANES
 for shape, size, s, p in [((70, 5, 3, 3), (2, 9, 7, 5), 1, 1), ((33, 64, 3, 3), (1, 40, 57, 64), 2, 1),
                           ((20, 8, 1, 1), (3, 11, 13, 8), 1, 0), ((20, 3, 7, 7), (1, 30, 31, 3), 2, 3),
-                          ((20, 16, 3, 3), (9, 3, 1, 16), 1, 1), ((40, 24, 1, 1), (3, 9, 14, 24), 2, 0)]:
+                          ((20, 16, 3, 3), (9, 3, 1, 16), 1, 1), ((80, 64, 1, 1), (3, 17, 21, 64), 2, 0)]:
     for dtype, lanes in itertools.product((torch.float32, torch.bfloat16), LANES):
         weight = blocks(shape, 32 if lanes == "rows" else 3, 0.4, 0).to(dtype)
         w, x = pack(weight, lanes=lanes), torch.randn(size).to(dtype)

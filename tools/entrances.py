@@ -17,14 +17,16 @@ from tools.subjects import Inputs, without_grad
 def through_torch_compile(
     model: nn.Module, masks: fxsparse.Masks, inputs: Inputs, target: str, fast: fxsparse.SparseModule
 ) -> dict[str, Callable[[], object]]:
-    """`torch.compile`: our back end. `torch.compile alone`: one that only calls `fast`, whatever weights it is handed.
-
-    No back end of the same code can be nearer to `fxsparse.compile` than the second.
-    """
+    """`torch.compile`: our back end. `torch.compile alone`: TorchDynamo around `fast`, whatever it hands over."""
     masked = copy.deepcopy(model)
     masks.apply_(masked)
 
+    graphs: list[torch.fx.GraphModule] = []
+
     def alone(gm: torch.fx.GraphModule, example: list[Any]) -> Callable[..., object]:
+        graphs.append(gm)
+        if len(graphs) > 1:
+            raise SystemExit("a model of several graphs cannot be timed with TorchDynamo alone")
         return lambda *arguments: tree_leaves(fast(*inputs))
 
     ways: Mapping[str, Any] = {

@@ -16,7 +16,7 @@ from tools.recipes import RECIPES, randomize_batch_norm
 from tools.transformer_recipes import heads_and_neurons
 
 Inputs = tuple[Tensor, ...]
-OWN_MODELS = {"decode_step": DecodeStep, "prefill": Prefill}
+OWN_MODELS: dict[str, Callable[[], DecodeStep | Prefill]] = {"decode_step": DecodeStep, "prefill": Prefill}
 
 
 def build_model(name: str) -> nn.Module:
@@ -34,17 +34,19 @@ def build_model(name: str) -> nn.Module:
 
 
 def _maker(name: str) -> Callable[[], nn.Module]:
-    import torchvision.models
+    import torchvision.models as vision
 
     import models
 
-    own = {n: getattr(models, n) for n in models.__all__}
-    known = {n: torchvision.models.get_model_builder(n) for n in torchvision.models.list_models()} | own | OWN_MODELS
+    if name in OWN_MODELS:
+        return OWN_MODELS[name]
+    if name in models.__all__:
+        return cast("Callable[[], nn.Module]", getattr(models, name))
+    known = vision.list_models()
     if name not in known:
-        raise SystemExit(
-            f"no model {name!r} in models, torchvision.models or {', '.join(OWN_MODELS)}. {near(name, known)}"
-        )
-    return cast("Callable[[], nn.Module]", known[name])
+        hint = near(name, [*known, *models.__all__, *OWN_MODELS]) or "python -m tools.bench --help says where from."
+        raise SystemExit(f"no model {name!r} in models, torchvision.models or {', '.join(OWN_MODELS)}. {hint}")
+    return cast("Callable[[], nn.Module]", vision.get_model_builder(name))
 
 
 def example_inputs(model: nn.Module, arguments: argparse.Namespace) -> Inputs:
@@ -61,7 +63,11 @@ def make_masks(recipe: str, model: nn.Module, sparsity: float, rows: int = 32) -
         return RECIPES["refill_like"](model, sparsity=sparsity, seed=0, coupled=True)  # type: ignore[call-arg]
     if recipe in BLOCK_RECIPES:
         return BLOCK_RECIPES[recipe](model, sparsity=sparsity, seed=0, rows=rows)
-    return {**RECIPES, "heads_and_neurons": heads_and_neurons}[recipe](model, sparsity=sparsity, seed=0)
+    every = {**RECIPES, "heads_and_neurons": heads_and_neurons}
+    if recipe not in every:
+        known = [*every, *BLOCK_RECIPES, "refill_coupled"]
+        raise SystemExit(f"no recipe {recipe!r}. {near(recipe, known) or 'There are ' + ', '.join(known)}")
+    return every[recipe](model, sparsity=sparsity, seed=0)
 
 
 def without_grad(run: Callable[..., object], inputs: Sequence[Any]) -> Callable[[], object]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -111,7 +112,7 @@ def _rank(node: fx.Node) -> int:
     return value.dim() if isinstance(value, Tensor) else 0
 
 
-def _shape(node: fx.Node) -> list[object]:
+def _shape(node: fx.Node) -> list[Any]:
     return list(node.meta["val"].shape)
 
 
@@ -236,7 +237,7 @@ def _same_dims(node: fx.Node, x: fx.Node) -> list[tuple[int, int]]:
     return _kept_by_reshape(_shape(x), _shape(node))
 
 
-def _kept_by_reshape(before: list[object], after: list[object]) -> list[tuple[int, int]]:
+def _kept_by_reshape(before: list[Any], after: list[Any]) -> list[tuple[int, int]]:
     """Dimensions of one size with as many elements before and behind them on both sides."""
     ends = {(_elements(after[:j]), size): j for j, size in enumerate(after) if isinstance(size, int) and size > 1}
     known = [(i, size) for i, size in enumerate(before) if isinstance(size, int)]
@@ -244,10 +245,9 @@ def _kept_by_reshape(before: list[object], after: list[object]) -> list[tuple[in
     return [(i, j) for i, j in found if j is not None]
 
 
-def _elements(sizes: list[object]) -> tuple[int, tuple[str, ...]]:
-    """Their product: the known sizes, and the names of the symbolic ones, so that a batch moved past is seen."""
-    known = [size for size in sizes if isinstance(size, int)]
-    return math.prod(known), tuple(sorted(str(size) for size in sizes if not isinstance(size, int)))
+def _elements(sizes: list[Any]) -> object:
+    """Their product, with the symbols in it: a batch that is moved past is seen, and so is one merged with a size."""
+    return math.prod(size if isinstance(size, int) else size.node.expr for size in sizes)
 
 
 def _flattens(node: fx.Node, x: fx.Node) -> bool:

@@ -41,9 +41,9 @@ struct Convolution {
     const int32_t *columns, *column_ptr, *rows, *row_ptr;
     const T* bias;
     const T* residual;
-    int64_t pixels_in = 0, pixels_out = 0;  // of all images
-    bool copies = false;                    // the input is read from a padded (or widened) copy of a band
-    bool picks = false;                     // some of the input's pixels are copied, each is read once
+    int64_t pixels_in = 0, pixels_out = 0;  // of all images; what is read of the input
+    bool copies = false;                    // the input is read from a padded, widened or picked copy of a band
+    bool picks = false;                     // pixels between which others are not read are copied together
     const Problem given = q;                // before `flatten`
     int64_t left = 0, right = 0;            // output columns between which no tap leaves the image sideways
     int64_t band = 0, bands = 0, parts = 0; // output rows of a band; bands of an image; parts of the groups
@@ -61,6 +61,7 @@ struct Convolution {
     }
 
     // Output pixels that read one input pixel each: images and rows do not matter, so cut all pixels into lines of one length.
+    // With a stride they have to be copied for that, which pays where it saves reading many weights for every few rows.
     void flatten() {
         pixels_out = q.images * q.out_height * q.out_width;
         pixels_in = q.images * q.height * q.width;
@@ -80,9 +81,9 @@ struct Convolution {
         const bool padded = q.padding_y || q.padding_x;
         const bool small = q.height * q.width * q.channels * SIZE <= COPIED_BYTES;
         copies = picks || !std::is_same_v<T, Read<T>> || (padded && (small || right - left < SHORT_LINE));
-        const int64_t room = value_ptr[q.groups] * SIZE > 4 * WEIGHT_BYTES ? 2 * BAND_BYTES : BAND_BYTES;
+        const int64_t band_bytes = value_ptr[q.groups] * SIZE > MANY_WEIGHTS ? 2 * BAND_BYTES : BAND_BYTES;
         const int64_t in_row = (copies ? copy_width() : q.width) * q.channels * q.stride_y;
-        band = std::max<int64_t>(1, room / SIZE / (in_row + q.out_width * q.out_channels));
+        band = std::max<int64_t>(1, band_bytes / SIZE / (in_row + q.out_width * q.out_channels));
         if (copies) band = std::max(band, std::min<int64_t>(q.out_height, q.kernel_height * q.dilation_y));
         bands = (q.out_height + band - 1) / band;
         band = (q.out_height + bands - 1) / bands;
@@ -159,13 +160,13 @@ struct Convolution {
             const int64_t at = (image * q.height + row) * q.width + from_x + before;
             const int64_t kept = std::clamp<int64_t>(pixels_in - at, 0, end - before);  // the last line may be short
             std::memset(to, 0, before * q.channels * SIZE);
-            if (picks) pick(at, kept, to);
+            if (picks) copy_picked(at, kept, to);
             else copy(x + at * q.channels, kept * q.channels, to + before * q.channels);
             std::memset(to + (before + kept) * q.channels, 0, (wide - before - kept) * q.channels * SIZE);
         }
     }
     // Of `n` output pixels from `first` on the input pixels.
-    void pick(int64_t first, int64_t n, Read<T>* to) const {
+    void copy_picked(int64_t first, int64_t n, Read<T>* to) const {
         for (int64_t pixel = first; pixel < first + n; pixel++, to += q.channels) {
             const int64_t row = pixel / given.out_width, image = row / given.out_height;
             const int64_t y_in = row % given.out_height * given.stride_y, x_in = pixel % given.out_width * given.stride_x;

@@ -11,6 +11,7 @@
 namespace {
 
 constexpr int64_t BAND_BYTES = 384 * 1024;       // of input and output: all groups find them in the second-level cache
+constexpr int64_t MANY_WEIGHTS = 1024 * 1024;    // bytes; bands are twice as large there, or weights are read too often
 constexpr int64_t COPIED_BYTES = 192 * 1024;     // an image that small is copied with its padding
 constexpr int64_t TOGETHER_BYTES = 2048 * 1024;  // of input and output of images that are handled at once
 #ifdef FXSPARSE_FEW_TILES  // sanitizers look at small layers
@@ -18,7 +19,6 @@ constexpr int64_t WEIGHT_BYTES = 1024;
 #else
 constexpr int64_t WEIGHT_BYTES = 256 * 1024;  // weights that few are read again for every line of pixels
 #endif
-constexpr int64_t CACHE_LINE = 64;
 constexpr int64_t CACHE_BYTES = 4096;  // of one way of the first-level cache
 constexpr int64_t CACHE_WAYS = 8;
 constexpr int64_t SHORT_LINE = NARROW ? 40 : 4;  // pixels: images with fewer beside each other are copied, padded

@@ -31,10 +31,13 @@ constexpr int ACCUMULATORS = 4;
 constexpr int ACCUMULATORS = REGISTERS;  // of a tile: pixels x vectors of rows; the rest holds weights
 #endif
 constexpr int PADDED_TO = 16;               // lanes of a group are padded to this many, whatever the machine
+constexpr int64_t CACHE_LINE = 64;
 constexpr int64_t CHAIN = 160;               // columns summed up in one go: rounding errors grow with the length
 
 typedef float Vec __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
 typedef int32_t IntVec __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
+typedef uint32_t UnsignedVec __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float))));
+typedef uint16_t ShortVec __attribute__((vector_size(LANES * sizeof(uint16_t)), aligned(sizeof(uint16_t))));
 
 enum Activation { NONE, RELU, RELU6, SILU, GELU, HARDSWISH };
 
@@ -122,14 +125,16 @@ inline void store(Vec v, BFloat16* to) {
     const __m256bh narrow = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(narrow));
 }
-#else
+#else  // `widen` and `narrow` of all lanes
 inline Vec load(const BFloat16* from) {
-    Vec v;
-    for (int i = 0; i < LANES; i++) v[i] = widen(from[i]);
-    return v;
+    ShortVec bits;
+    std::memcpy(&bits, from, sizeof(bits));
+    return reinterpret_cast<Vec>(__builtin_convertvector(bits, UnsignedVec) << 16);
 }
 inline void store(Vec v, BFloat16* to) {
-    for (int i = 0; i < LANES; i++) narrow(v[i], to + i);
+    const UnsignedVec bits = reinterpret_cast<UnsignedVec>(v), rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const ShortVec narrow = __builtin_convertvector(v != v ? UnsignedVec{} + 0x7fc0 : rounded, ShortVec);
+    std::memcpy(to, &narrow, sizeof(narrow));
 }
 #endif
 
@@ -230,7 +235,7 @@ struct Walk {
 };
 
 // Weights that find a register beside the sums and x.
-constexpr int held(int vectors, int pixels) {
+constexpr int in_registers(int vectors, int pixels) {
     return LANES == 16 && pixels * vectors + vectors + 1 > 32 ? vectors - 1 : vectors;
 }
 
@@ -246,7 +251,7 @@ inline __attribute__((always_inline)) void add_columns(Vec (&sum)[P][V], const f
         if (NARROW) asm("" : "+r"(pixel[p]));  // or g++ adds `line` and `place` up again for every column
     }
     const Walk walk(step);
-    constexpr int HELD = held(V, P);
+    constexpr int HELD = in_registers(V, P);
     const auto add = [&](int64_t k) __attribute__((always_inline)) {
         const float* at = pixel[0] + offset[k];
         const Vec* column = reinterpret_cast<const Vec*>(w + k * lanes);
@@ -280,7 +285,7 @@ inline __attribute__((always_inline)) void add_columns(Vec (&sum)[P][V], const f
 // the two elements of x that they are multiplied by, wherever those come from. Half a pair has a zero beside it.
 template <int V, int P, typename Two>
 inline __attribute__((always_inline)) void add_pair(Vec (&sum)[P][V], const BFloat16* w, const Two& two) {
-    constexpr int HELD = held(V, P);
+    constexpr int HELD = in_registers(V, P);
     __m512bh weight[V];
 #pragma GCC unroll 4
     for (int v = 0; v < HELD; v++) weight[v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(w + v * 2 * LANES));
@@ -330,7 +335,7 @@ void tile(const Read<T>* line, const int64_t* place, int64_t step, const int32_t
     if (sink.in_order && sink.fetch) {
         const int64_t n = std::min<int64_t>(sink.lanes, V * LANES);
         for (int p = 0; p < P; p++)
-            for (int64_t lane = 0; lane < n; lane += 64 / static_cast<int64_t>(sizeof(T))) {
+            for (int64_t lane = 0; lane < n; lane += CACHE_LINE / int64_t{sizeof(T)}) {
                 const int64_t at = p * sink.step + sink.rows[0] + lane;
                 __builtin_prefetch(sink.y + at, 1, 2);
                 if (sink.residual) __builtin_prefetch(sink.residual + at, 0, 2);
