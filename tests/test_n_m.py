@@ -379,7 +379,7 @@ def test_the_columns_of_an_n_m_weight_are_not_renumbered() -> None:
         kept.weight[rows[32:], 32:] = 0
     model, x = Of(lambda m, x: m["b"](F.relu(m["a"](x))), a=kept, b=linear(64, 64)), torch.randn(3, 64)
 
-    def seconds(node: fx.Node, packed: object) -> float:
+    def seconds(node: fx.Node, packed: object, **_: bool) -> float:
         return 1.0 if isinstance(packed, NM) or ".a." in str(node.args[1].target) else 2.0  # type: ignore[union-attr]
 
     ctx = Context(lambda *_: 9.0, seconds, ("shuffled_block", "n_m"))
