@@ -204,11 +204,13 @@ __attribute__((noinline)) void put_lanes(float* lane, int pixels, int64_t width,
     for (int p = 0; p < pixels; p++, lane += width) {
         T* y = sink.y + p * sink.step;
         if (const T* from = sink.residual ? sink.residual + p * sink.step : nullptr) {
-            for (int64_t i = 0; i < n; i++) one[i] = from[sink.in_order ? rows[0] + i : rows[i]];
+            if (sink.in_order) std::memcpy(one, from + rows[0], n * sizeof(T));
+            else for (int64_t i = 0; i < n; i++) one[i] = from[rows[i]];
             for (int64_t i = 0; i < n; i += LANES) store(load(lane + i) + load(one + i), lane + i);
         }
         for (int64_t i = 0; i < n; i += LANES) store(activate(load(lane + i), sink.activation), one + i);
-        for (int64_t i = 0; i < n; i++) y[sink.in_order ? rows[0] + i : rows[i]] = one[i];
+        if (sink.in_order) std::memcpy(y + rows[0], one, n * sizeof(T));
+        else for (int64_t i = 0; i < n; i++) y[rows[i]] = one[i];
     }
 }
 
