@@ -15,7 +15,7 @@ from fxsparse.formats import FORMATS
 from fxsparse.formats.format import Packed
 from fxsparse.ir.decision import Decision
 from fxsparse.ir.graph import get_tensor
-from fxsparse.passes.choose_formats import FORMAT, GROUPS, is_summed, margin
+from fxsparse.passes.choose_formats import FORMAT, GROUPS, fitting, is_summed, margin
 from fxsparse.passes.context import Context, FormatTimer, LayerTimer
 from fxsparse.passes.permute_channels import in_order
 
@@ -39,8 +39,8 @@ def apply(gm: fx.GraphModule, decision: Decision) -> None:
 def _ways(gm: fx.GraphModule, node: fx.Node, ctx: Context) -> tuple[Tensor, dict[str, Packed]]:
     """The weight, and what it is in its format and in those that scattered rows cost nothing."""
     weight, now = get_tensor(gm, str(cast(fx.Node, node.args[1]).target)), node.meta[FORMAT]
-    others = [FORMATS[name] for name in ctx.formats if node.target in FORMATS[name].layers]
-    anywhere = {f.name: f.pack(weight) for f in others if f.writes_anywhere and not f.why_not(node, weight)}
+    others = [f for f in fitting(node, ctx) if f.writes_anywhere and not f.why_not(node, weight)]
+    anywhere = {f.name: f.pack(weight) for f in others}
     return weight, {now: FORMATS[now].pack(weight, node.meta[GROUPS]), **anywhere}
 
 

@@ -55,7 +55,7 @@ def packings(node: fx.Node, weight: Tensor, ctx: Context) -> list[Packed]:
     """What this layer's weight, or a part of it, is in the formats that would do less than the dense layer's work."""
     if bool(weight.all()):
         return []
-    packed = [f.pack(weight) for f in _fitting(node, ctx) if not f.why_not(node, weight)]
+    packed = [f.pack(weight) for f in fitting(node, ctx) if not f.why_not(node, weight)]
     return [p for p in packed if p.work < weight.numel()]
 
 
@@ -75,11 +75,11 @@ def _of_layer(gm: fx.GraphModule, node: fx.Node, ctx: Context) -> list[Decision]
     name = str(cast(fx.Node, node.args[1]).target)
     if not ctx.force_formats and bool(get_tensor(gm, name).all()) and not _may_pay_dense(node, ctx):
         return [Decision("choose_formats", name, "store in a sparse format", NO_ZEROS, False)] if ctx.formats else []
-    fitting = _fitting(node, ctx) or [FORMATS[known] for known in ctx.formats[:1]]
-    return [_decide(gm, node, f, ctx) for f in fitting]
+    formats = fitting(node, ctx) or [FORMATS[known] for known in ctx.formats[:1]]
+    return [_decide(gm, node, f, ctx) for f in formats]
 
 
-def _fitting(node: fx.Node, ctx: Context) -> list[Format]:
+def fitting(node: fx.Node, ctx: Context) -> list[Format]:
     """The target's formats that are for such layers."""
     return [FORMATS[known] for known in ctx.formats if node.target in FORMATS[known].layers]
 

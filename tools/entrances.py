@@ -20,7 +20,6 @@ def through_torch_compile(
     """`torch.compile`: our back end. `torch.compile alone`: TorchDynamo around `fast`, whatever it hands over."""
     masked = copy.deepcopy(model)
     masks.apply_(masked)
-
     graphs: list[torch.fx.GraphModule] = []
 
     def alone(gm: torch.fx.GraphModule, example: list[Any]) -> Callable[..., object]:
