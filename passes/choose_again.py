@@ -26,7 +26,9 @@ def plan(gm: fx.GraphModule, ctx: Context) -> list[Decision]:
         return []
     packed = [n for n in gm.graph.nodes if n.op == "call_function" and n.meta.get(FORMAT)]
     scattered = [n for n in packed if n.meta["val"].device.type == "cpu" and not in_order(n)]
-    return [_decide(node, *_ways(gm, node, ctx), ctx.time_format, ctx.time_layer) for node in scattered]
+    return [
+        _decide(node, *_ways(gm, node, ctx), margin(node, ctx), ctx.time_format, ctx.time_layer) for node in scattered
+    ]
 
 
 def apply(gm: fx.GraphModule, decision: Decision) -> None:
@@ -45,12 +47,17 @@ def _ways(gm: fx.GraphModule, node: fx.Node, ctx: Context) -> tuple[Tensor, dict
 
 
 def _decide(
-    node: fx.Node, weight: Tensor, ways: dict[str, Packed], time_format: FormatTimer, time_layer: LayerTimer
+    node: fx.Node,
+    weight: Tensor,
+    ways: dict[str, Packed],
+    margin: float,
+    time_format: FormatTimer,
+    time_layer: LayerTimer,
 ) -> Decision:
     now, summed = node.meta[FORMAT], is_summed(node)
     seconds = {way: time_format(node, packed, summed=summed, scattered=True) for way, packed in ways.items()}
     seconds["dense"] = time_layer(node, *weight.shape[:2])
-    best = min(seconds, key=lambda way: seconds[way] * (margin(node) if way == "dense" else 1))
+    best = min(seconds, key=lambda way: seconds[way] * (margin if way == "dense" else 1))
     what = {"dense": "keep it dense", now: f"store it otherwise than as {now}"}.get(best, f"store as {best}")
     times = ", ".join(f"{way} {s * 1e6:.0f} us" for way, s in seconds.items())
     data: dict[str, Any] = {"node": node, "format": best, "packed": ways.get(best), "sparse_us": seconds[best] * 1e6}

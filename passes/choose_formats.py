@@ -32,9 +32,10 @@ NO_ZEROS = "the weight has no zeros"
 # Bytes of a result for which glibc asks the system at every call, however often it is freed (M_MMAP_THRESHOLD_MAX). A
 # dense layer pays for those new pages; our kernels write into memory that is kept, which may pay without any zeros.
 NEW_PAGES = 32 << 20
-# oneDNN is slower at convolutions of few input channels, which fill no vector, and ours may be faster without zeros.
-# Weights of so few bytes are in the caches in a network too.
-FEW_CHANNELS, FEW_BYTES, FASTER_WITH_FEW = 16, 64 << 10, 0.97
+# Ours may be faster without zeros at convolutions of few input channels, which fill no vector of oneDNN's, and at
+# products of one token, which it and MKL read slowly from memory. Timed alone those are not flattered: the weights of
+# the first are in the caches in a network too, and those of the second gain more where they are not.
+FEW_CHANNELS, FEW_BYTES, FASTER_WITHOUT_ZEROS = 16, 64 << 10, 0.97
 FORMAT, GROUPS = "fxsparse_format", "fxsparse_row_groups"  # keys of node.meta; format "": decided to be dense
 
 
@@ -89,19 +90,23 @@ def _may_pay_dense(node: fx.Node, ctx: Context) -> bool:
     val = node.meta["val"]
     if ctx.time_format is None or val.device.type != "cpu":
         return False
-    return _has_few_weights(node) or math.prod(concrete(node, ctx.batch)) * val.dtype.itemsize >= NEW_PAGES
+    return _suits(node, ctx) or math.prod(concrete(node, ctx.batch)) * val.dtype.itemsize >= NEW_PAGES
 
 
-def margin(node: fx.Node) -> float:
+def margin(node: fx.Node, ctx: Context) -> float:
     """Times the dense layer's seconds: what a packed one has to take less than."""
-    return FASTER_WITH_FEW if _has_few_weights(node) else FASTER
+    return FASTER_WITHOUT_ZEROS if _suits(node, ctx) else FASTER
 
 
-def _has_few_weights(node: fx.Node) -> bool:
-    """An ungrouped convolution of few input channels, as first ones are."""
+def _suits(node: fx.Node, ctx: Context) -> bool:
+    """An ungrouped convolution of few input channels, as first ones are, or a product of one token, on a CPU."""
+    val, weight = node.meta["val"], cast(fx.Node, node.args[1]).meta["val"]
+    if val.device.type != "cpu":
+        return False
+    if node.target is aten.linear.default:
+        return bool(math.prod(concrete(node, ctx.batch)) == weight.shape[0])
     if node.target is not aten.conv2d.default or arg(node, "groups") != 1:
         return False
-    weight = cast(fx.Node, node.args[1]).meta["val"]
     return bool(weight.shape[1] < FEW_CHANNELS and weight.numel() * weight.itemsize <= FEW_BYTES)
 
 
@@ -127,16 +132,12 @@ def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Dec
         why = "" if ctx.force_formats or ctx.standard_operators else fmt.why_not_untimed(node)
         accepted = (share < MODELLED and not why) or ctx.force_formats
         return Decision("choose_formats", name, what, why or f"{share:.0%} of the work, not timed", accepted, data)
-    dense_us = ctx.time_layer(node, *_widths(weight)) * 1e6
+    dense_us = ctx.time_layer(node, *weight.shape[:2]) * 1e6
     try:
         sparse_us = ctx.time_format(node, packed) * 1e6
     except (FxSparseError, RuntimeError) as error:  # a GPU's kernels are Triton's and cuSPARSELt's: some cannot run
         return Decision("choose_formats", name, what, f"it cannot run here: {first_line(error)}", False)
-    faster = sparse_us < margin(node) * dense_us
+    faster = sparse_us < margin(node, ctx) * dense_us
     why = f"{share:.0%} of the work: {sparse_us:.0f} us, dense {dense_us:.0f} us"
     data |= {"dense_us": dense_us, "sparse_us": sparse_us}
     return Decision("choose_formats", name, what, why, faster, data)
-
-
-def _widths(weight: Tensor) -> tuple[int, int]:
-    return weight.shape[0], weight.shape[1]
