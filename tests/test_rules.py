@@ -9,17 +9,21 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import fx, nn
 
 from fxsparse.analysis.closure import smallest_layout
+from fxsparse.analysis.reasons import is_layer
 from fxsparse.analysis.sweep import analyze
+from fxsparse.formats.shuffled_block_op import shuffled_block
 from fxsparse.ir.capture import capture
 from fxsparse.ir.facts import Facts
 from fxsparse.ir.graph import aten, clone, erase_unused, get_tensor, refresh
 from fxsparse.ir.masks import Masks
-from fxsparse.passes import PIPELINE, Context, canonicalize, run
+from fxsparse.passes import PIPELINE, Context, canonicalize, lower_formats, permute_channels, run
+from fxsparse.passes.choose_formats import FORMAT, GROUPS
 from fxsparse.rules import RULES, Rule, Sample, collect, rule_of
 from fxsparse.rules.contraction import Convolution
 from fxsparse.rules.elementwise import Elementwise, Multiply
@@ -80,6 +84,19 @@ def test_cut_graphs_compute_the_same_and_are_cut_no_further(name: str, i: int, s
             torch.testing.assert_close(gm(*xs), model(*xs), rtol=1e-10, atol=1e-10)
         again = [d for step in PIPELINE for d in step.plan(gm, Context()) if d.accepted]
         assert again == []
+
+
+@pytest.mark.parametrize(("name", "i", "sample"), SAMPLES, ids=[f"{n}-{i}" for n, i, _ in SAMPLES])
+def test_channels_that_blocks_want_in_another_order_compute_the_same(name: str, i: int, sample: Sample) -> None:
+    for seed in SEEDS:
+        model, gm, xs = wrapped_graph(sample, seed)
+        for x in gm.graph.find_nodes(op="placeholder"):
+            for layer in (n for n in x.users if is_layer(n)):  # its even rows in one group, the odd ones in another
+                rows = np.arange(layer.args[1].meta["val"].shape[0])
+                layer.meta |= {FORMAT: "shuffled_block", GROUPS: [rows[::2], rows[1::2]]}
+        run(gm, [permute_channels, lower_formats], Context())
+        assert any(n.target is shuffled_block for n in gm.graph.nodes)
+        torch.testing.assert_close(gm(*xs), model(*xs), rtol=1e-10, atol=1e-10)
 
 
 def test_every_rule_has_samples() -> None:

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, seed, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from fxsparse.errors import InputError, TargetError
 from fxsparse.formats import FORMATS
+from fxsparse.formats import shuffled_block_op as op
 from fxsparse.formats.grouping import cost, group_rows
 from fxsparse.formats.shuffled_block import ARRAYS, ShuffledBlock, pack, split, unpack
 from fxsparse.formats.shuffled_block_layer import fold, unfold
@@ -240,9 +241,43 @@ def test_the_operator_keeps_the_rules_of_torch_library() -> None:
         torch.library.opcheck(shuffled_block, (x, *packed.tensors, bias, residual, *sizes), test_utils=tests)
 
 
-def test_an_input_that_is_not_contiguous_is_read_right() -> None:
-    packed, x = pack(blocks((20, 6, 3, 3), 16, 0.5, 0)), torch.randn(2, 6, 7, 5).permute(0, 2, 3, 1)
+@pytest.mark.parametrize("lanes", LANES)
+def test_an_input_that_is_not_contiguous_is_read_right(lanes: str) -> None:
+    packed, x = pack(blocks((20, 6, 3, 3), 16, 0.5, 0), lanes=lanes), torch.randn(2, 7, 6, 5).transpose(2, 3)
     assert torch.equal(multiply(packed, x), multiply(packed, x.contiguous()))
+
+
+@seed(20261127)
+@settings(max_examples=60, deadline=None)
+@given(
+    c=st.integers(1, 17), o=st.integers(1, 90), n=st.sampled_from([1, 3]), h=st.integers(1, 60), w=st.integers(1, 90),
+    kernel=st.sampled_from([(1, 1), (3, 3), (7, 7), (2, 5)]), stride=st.integers(1, 3), padding=st.integers(0, 3),
+    dilation=st.integers(1, 2), dtype=st.sampled_from([torch.float32, torch.bfloat16]), lanes=st.sampled_from(LANES),
+)  # fmt: skip
+def test_images_with_channels_first_are_read_as_they_are(
+    c: int, o: int, n: int, h: int, w: int, kernel: tuple[int, int], stride: int, padding: int, dilation: int,
+    dtype: torch.dtype, lanes: str,
+) -> None:  # fmt: skip
+    """Whole numbers, so that every order of summing gives the same; through both operators."""
+    assume(all(size + 2 * padding > (k - 1) * dilation for size, k in zip((h, w), kernel, strict=True)))
+    g = torch.Generator().manual_seed(c * o + h)
+    whole = [torch.randint(-2, 3, size, generator=g).to(dtype) for size in ((n, c, h, w), (o, c, *kernel), (o,))]
+    image, weight, bias = whole
+    pairs = [[stride] * 2, [padding] * 2, [dilation] * 2]
+    expected = F.conv2d(*(t.double() for t in whole), *pairs).permute(0, 2, 3, 1).to(dtype)
+    packed, x = pack(weight, lanes=lanes), image.permute(0, 2, 3, 1)
+    names = ("stride", "padding", "dilation")
+    assert torch.equal(multiply(packed, x, bias, **dict(zip(names, pairs, strict=True))), expected)
+    out = torch.empty_like(expected, memory_format=torch.contiguous_format)
+    shuffled_block_into(x, packed.values, fold(packed.tensors, bias, packed.shape, pairs, "none", lanes), None, out)
+    assert torch.equal(out, expected)
+
+
+def test_a_large_padding_around_channels_first_is_refused_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside an image it counts with 32 bits."""
+    monkeypatch.setattr(op, "LARGEST_IMAGE", 6 * 9 * 11)
+    x = torch.randn(2, 6, 7, 9).permute(0, 2, 3, 1)
+    assert [op._in_planes(x, (1, 1)), op._in_planes(x, (1, 2))] == [True, False]
 
 
 def test_the_reference_and_the_kernel_agree() -> None:
@@ -557,6 +592,9 @@ for shape, size, s, p in [((70, 5, 3, 3), (2, 9, 7, 5), 1, 1), ((33, 64, 3, 3), 
         y = torch.zeros(size[0], oh, ow, shape[0], dtype=dtype)
         geometry = (shape[2:], (s, s), (p, p), (1, 1))
         run(x, y, w.tensors, torch.ones(shape[0], dtype=dtype), y.clone(), geometry, "gelu", lanes)
+        if lanes == "rows":
+            x = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+            run(x, y, w.tensors, None, None, geometry, "none", planes=True)
 print("clean")
 """
 

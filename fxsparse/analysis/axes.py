@@ -20,7 +20,7 @@ from fxsparse.ir.symbols import concrete
 from fxsparse.ir.union_find import UnionFind
 from fxsparse.rules import rule_of
 from fxsparse.rules.contraction import Convolution, Linear
-from fxsparse.rules.elementwise import Elementwise
+from fxsparse.rules.elementwise import Elementwise, PRelu
 from fxsparse.rules.norms import BatchNorm, LayerNorm
 from fxsparse.rules.windows import AveragePool, Reduction
 
@@ -124,7 +124,7 @@ def _link(node: fx.Node, links: _Links) -> None:
     elif isinstance(rule, Linear):
         _contract(node, -1, -1, links)
     elif isinstance(rule, (Elementwise, BatchNorm)) and _rank(node):
-        _aligned(node, 1 if isinstance(rule, BatchNorm) else None, links)
+        _aligned(node, 1 if isinstance(rule, (BatchNorm, PRelu)) else None, links)
     elif isinstance(rule, LayerNorm) and len(arg(node, "normalized_shape")) == 1:
         _aligned(node, -1, links)
     elif isinstance(rule, AveragePool):
@@ -181,11 +181,12 @@ def _rows(node: fx.Node, dim: int, links: _Links) -> None:
 
 
 def _aligned(node: fx.Node, channel: int | None, links: _Links) -> None:
-    """Elementwise with broadcasting; a norm's vectors of one number per channel lie along `channel`."""
+    """Elementwise with broadcasting; vectors of one number per channel, as norms have, lie along `channel`."""
     for n in node.all_input_nodes:
         offset = _rank(node) - _rank(n)
         if channel is not None and n is not node.args[0]:
-            links.tie(n, 0, node, channel)
+            if _shape(n) == [_shape(node)[channel]]:  # not one for all, as PReLU may have
+                links.tie(n, 0, node, channel)
             continue
         for dim, size in enumerate(_shape(n)):
             if size == _shape(node)[dim + offset]:
@@ -195,6 +196,8 @@ def _aligned(node: fx.Node, channel: int | None, links: _Links) -> None:
 def _reduction(node: fx.Node, x: fx.Node, links: _Links) -> None:
     dims = arg(node, "dim")
     reduced = {d % _rank(x) for d in ([dims] if isinstance(dims, int) else dims)} if dims else set(range(_rank(x)))
+    if node.target in (aten.argmax.default, aten.argmin.default):
+        links.pin(x, reduced, f"{operator_name(node)} ({owner(node)}) returns the number of a channel")
     position = 0
     for dim in range(_rank(x)):
         if dim not in reduced:

@@ -13,6 +13,7 @@ puts it into a graph:
     conv2d(x, w, b) -> permute(shuffled_block(contiguous(permute(x)), packed w, b))     channels last inside
     linear(x, w, b) -> shuffled_block(contiguous(x), packed w, b)
 
+An input of the model is not made contiguous for it: the C++ kernel reads images [N, I, H, W] as they are.
 Two such convolutions in a row leave no copy between them: the permutes cancel.
 """
 
@@ -135,13 +136,22 @@ def _cpu(x: Tensor, *arguments: Any) -> Tensor:
     if in_planes and _planes(y, shape, stride, dilation) > LARGEST_IMAGE:
         return reference(x, *arguments)
     _check_epilogue(x, y.shape, bias, residual, activation)
-    x = x.contiguous()
+    planes = lanes == "rows" and _in_planes(x, padding)
+    x = x if planes else x.contiguous()
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
     x4, y4 = (x, y) if x.dim() == 4 else (x.view(1, 1, -1, x.shape[-1]), y.view(1, 1, -1, shape[0]))
     geometry = (shape[2:] or (1, 1), stride, padding, dilation)
-    run_on_cpu(x4, y4, packed, bias, residual, geometry, activation, lanes)
+    run_on_cpu(x4, y4, packed, bias, residual, geometry, activation, lanes, planes=planes)
     return y
+
+
+def _in_planes(x: Tensor, padding: Pair) -> bool:
+    """Whether x is [N, I, H, W] in memory, which the kernel reads as it is; `in_planes` in shuffled_block_torch.cpp."""
+    if x.is_contiguous() or x.dim() != 4 or not x.permute(TO_FIRST).is_contiguous():
+        return False
+    padded = [size + 2 * beside for size, beside in zip(x.shape[1:3], padding, strict=True)]
+    return padded[0] * padded[1] * x.shape[3] <= LARGEST_IMAGE
 
 
 def _planes(y: Tensor, shape: Sequence[int], stride: Pair, dilation: Pair) -> int:
@@ -237,7 +247,7 @@ class ShuffledBlockFormat(Format):
         return expand(gm, node)
 
     def lower(self, gm: fx.GraphModule, node: fx.Node, packed: ShuffledBlock) -> fx.Node:
-        is_conv = node.target is aten.conv2d.default
+        is_conv, call = node.target is aten.conv2d.default, gm.graph.call_function
         weight = node.args[1]
         assert isinstance(weight, fx.Node)
         packed = packed if weight.meta["val"].is_cuda else as_run(packed)
@@ -245,10 +255,12 @@ class ShuffledBlockFormat(Format):
         names = ("stride", "padding", "dilation")
         geometry = [pair(arg(node, n)) for n in names] if is_conv else [[1, 1], [0, 0], [1, 1]]
         with gm.graph.inserting_before(node):
-            x = channels_last(gm, node.all_input_nodes[0], is_conv)
+            x = node.all_input_nodes[0]
+            as_given = packed.lanes == "rows" and x.op == "placeholder" and not x.meta["val"].is_cuda
+            x = call(aten.permute.default, (x, TO_LAST)) if is_conv and as_given else channels_last(gm, x, is_conv)
             rest: tuple[Any, ...] = (list(packed.shape), *geometry, "none", packed.lanes)
-            y = gm.graph.call_function(shuffled_block, (x, *tensors, arg(node, "bias"), None, *rest))
-            return gm.graph.call_function(aten.permute.default, (y, TO_FIRST)) if is_conv else y
+            y = call(shuffled_block, (x, *tensors, arg(node, "bias"), None, *rest))
+            return call(aten.permute.default, (y, TO_FIRST)) if is_conv else y
 
     def into(self, gm: fx.GraphModule, node: fx.Node) -> Sequence[Any] | None:
         x, values, *indices, bias, residual = node.args[:9]

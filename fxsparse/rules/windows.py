@@ -191,4 +191,5 @@ class Reduction(Rule):
         yield Sample(
             lambda x: torch.std(x, (2, 3), keepdim=True) + torch.var(x, 1, correction=0, keepdim=True), ((2, 4, 3, 3),)
         )
+        yield Sample(lambda x: x.argmax(-1, keepdim=True) * x.amin(-1, keepdim=True), ((2, 4, 5),))
         yield Sample(lambda x: x.argmax(1) + torch.logsumexp(x, 1) * (x > 0.3).any(1), ((2, 4, 5),))

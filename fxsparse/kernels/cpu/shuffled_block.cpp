@@ -54,6 +54,7 @@ struct Convolution {
     bool far_out = false;                   // the output does not fit into the second-level cache
     std::vector<char> in_order{};           // whether a group's rows follow each other
 
+    int64_t beside() const { return q.planes ? 1 : q.channels; }  // elements from one pixel read to the next
     int64_t taps_wide() const { return (q.kernel_width - 1) * q.dilation_x + 1; }
     int64_t copy_width() const { return (q.out_width - 1) * q.stride_x + taps_wide(); }
     int64_t input_rows(int64_t out_rows) const {
@@ -65,6 +66,7 @@ struct Convolution {
     void flatten() {
         pixels_out = q.images * q.out_height * q.out_width;
         pixels_in = q.images * q.height * q.width;
+        if (q.planes) return;
         const bool some = q.stride_y * q.stride_x > 1, few_weights = value_ptr[q.groups] * SIZE <= WEIGHT_BYTES;
         if (q.kernel_height * q.kernel_width > 1 || q.padding_y || q.padding_x || (some && few_weights)) return;
         picks = some;
@@ -80,7 +82,7 @@ struct Convolution {
         right = std::min(q.out_width, (q.width + q.padding_x - taps_wide()) / q.stride_x + 1);
         const bool padded = q.padding_y || q.padding_x;
         const bool small = q.height * q.width * q.channels * SIZE <= COPIED_BYTES;
-        copies = picks || !std::is_same_v<T, Read<T>> || (padded && (small || right - left < SHORT_LINE));
+        copies = picks || q.planes || !std::is_same_v<T, Read<T>> || (padded && (small || right - left < SHORT_LINE));
         const int64_t band_bytes = value_ptr[q.groups] * SIZE > MANY_WEIGHTS ? 2 * BAND_BYTES : BAND_BYTES;
         const int64_t in_row = (copies ? copy_width() : q.width) * q.channels * q.stride_y;
         band = std::max<int64_t>(1, band_bytes / SIZE / (in_row + q.out_width * q.out_channels));
@@ -89,7 +91,7 @@ struct Convolution {
         band = (q.out_height + bands - 1) / bands;
         bands = (q.out_height + band - 1) / band;
         far_out = pixels_out * q.out_channels * SIZE > 4 * COPIED_BYTES;
-        if (bands == 1 && q.images > 1 && value_ptr[q.groups] * SIZE > WEIGHT_BYTES) take_together();
+        if (bands == 1 && q.images > 1 && !q.planes && value_ptr[q.groups] * SIZE > WEIGHT_BYTES) take_together();
         const int64_t units = (q.images + together - 1) / together * bands;
         const int64_t wanted = q.threads > 1 ? (4 * q.threads + units - 1) / units : 1;
         parts = std::max<int64_t>(1, std::min(q.groups, wanted));
@@ -165,6 +167,16 @@ struct Convolution {
             std::memset(to + (before + kept) * q.channels, 0, (wide - before - kept) * q.channels * SIZE);
         }
     }
+    // The same rows, all of their columns, channel by channel.
+    void copy_planes(int64_t image, int64_t first, int64_t rows_out, Read<T>* to) const {
+        const int64_t wide = copy_width(), before = std::min(q.padding_x, wide), kept = std::min(q.width, wide - before);
+        for (int64_t channel = image * q.channels; channel < (image + 1) * q.channels; channel++)
+            for (int64_t i = 0; i < input_rows(rows_out); i++, to += wide) {
+                const int64_t row = first * q.stride_y - q.padding_y + i;
+                std::memset(to, 0, wide * SIZE);
+                if (row >= 0 && row < q.height) copy(x + (channel * q.height + row) * q.width, kept, to + before);
+            }
+    }
     // Of `n` output pixels from `first` on the input pixels.
     void copy_picked(int64_t first, int64_t n, Read<T>* to) const {
         for (int64_t pixel = first; pixel < first + n; pixel++, to += q.channels) {
@@ -211,9 +223,11 @@ struct Convolution {
     void lay_image(int64_t image, int64_t first, int64_t rows_out, Read<T>* copied, std::vector<Field<T>>& fields) const {
         const int64_t at = (image * q.out_height + first) * q.out_width;
         if (copies) {
-            copy_band(image, first, rows_out, -q.padding_x, copy_width(), copied);
-            const int64_t row_step = copy_width() * q.channels;
+            if (q.planes) copy_planes(image, first, rows_out, copied);
+            else copy_band(image, first, rows_out, -q.padding_x, copy_width(), copied);
+            const int64_t row_step = copy_width() * beside();
             fields.push_back(field(copied, row_step, at, rows_out, 0, q.out_width, first));
+            if (q.planes) fields.back().plane = input_rows(rows_out) * row_step;
             if (NARROW) fields.back().pixels *= std::exchange(fields.back().lines, 1);  // one line: its tiles are full
             return;
         }
@@ -244,8 +258,8 @@ struct Convolution {
     Field<T> field(const Read<T>* from, int64_t row_step, int64_t at, int64_t lines, int64_t x0, int64_t x1,
                    int64_t first_row) const {
         const int64_t to = (at + x0) * q.out_channels;
-        return {from, row_step * q.stride_y, q.channels * q.stride_x, y + to, residual ? residual + to : nullptr,
-                q.out_width * q.out_channels, q.out_channels, lines, x1 - x0, row_step, q.channels, first_row, false,
+        return {from, row_step * q.stride_y, beside() * q.stride_x, y + to, residual ? residual + to : nullptr,
+                q.out_width * q.out_channels, q.out_channels, lines, x1 - x0, row_step, beside(), first_row, false,
                 x1 - x0};
     }
 
@@ -258,9 +272,10 @@ struct Convolution {
             while (column < end) {
                 const int64_t tap = *column / q.channels, ky = tap / q.kernel_width, kx = tap % q.kernel_width;
                 const int32_t* const next = std::lower_bound(column, end, (tap + 1) * q.channels);
-                const auto shift = static_cast<int32_t>(ky * q.dilation_y * f.row_step + kx * q.dilation_x * f.tap_step -
-                                                        tap * q.channels);
-                for (int32_t* to = offset.data() + (column - first); column < next; column++) *to++ = *column + shift;
+                const auto shift = static_cast<int32_t>(ky * q.dilation_y * f.row_step + kx * q.dilation_x * f.tap_step);
+                const auto plane = static_cast<int32_t>(f.plane), none = static_cast<int32_t>(tap * q.channels);
+                int32_t* to = offset.data() + (column - first);
+                for (; column < next; column++) *to++ = (*column - none) * plane + shift;
             }
         }
     }

@@ -14,6 +14,7 @@ struct Problem {
     int64_t stride_y, stride_x, padding_y, padding_x, dilation_y, dilation_x;
     int64_t groups, activation, threads;
     int64_t lanes;  // enum Lanes
+    int64_t planes;  // 1: x is [N, I, H, W]; only with rows in lanes
 };
 
 enum Lanes { ROWS_IN_LANES, PIXELS_IN_LANES };  // the order is that of LANES in kernels/shared.py

@@ -26,18 +26,21 @@ def run(
     activation: str,
     lanes: str = "rows",
     isa: str | None = None,
+    *,
+    planes: bool = False,
 ) -> None:
-    """Write y [N, OH, OW, O] for x [N, H, W, I], both contiguous; they and `values` all float32 or all bfloat16.
+    """Write y [N, OH, OW, O], contiguous, for x [N, H, W, I]; they and `values` all float32 or all bfloat16.
 
     packed    values, value_ptr, columns, column_ptr, rows, row_ptr as fxsparse.formats.shuffled_block describes them
     geometry  kernel, stride, padding, dilation, two ints each
+    planes    x is [N, I, H, W] in memory; else contiguous. Only with rows in lanes
     bias and residual have the dtype of x.
     """
     values, value_ptr, columns, column_ptr, rows, row_ptr = packed
     kernel, stride, padding, dilation = geometry
     sizes = (
         *x.shape, *y.shape[1:], *kernel, *stride, *padding, *dilation, row_ptr.shape[0] - 1,
-        _NUMBER[activation], torch.get_num_threads(), LANES.index(lanes),
+        _NUMBER[activation], torch.get_num_threads(), LANES.index(lanes), planes,
     )  # fmt: skip
     function("shuffled_block", _NAMES[x.dtype], 11, isa)(
         int64s(sizes), x.data_ptr(), y.data_ptr(), values.data_ptr(), value_ptr.data_ptr(), columns.data_ptr(),

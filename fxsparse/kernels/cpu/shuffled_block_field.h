@@ -38,6 +38,7 @@ struct Field {
     int64_t first_row;  // output row of the first line when taps above and below the image are to be skipped, or -1
     bool is_border;     // fields of one kind have the same steps
     int64_t per_row;    // pixels of a line after which it goes on in the next row of the image
+    int64_t plane = 1;  // elements from one channel to the next
 };
 
 // What the tiles of a group, all but the first `idle`, fetch of the next group's weights: in a network they come from

@@ -64,7 +64,16 @@ Problem problem(const Call& call, const Layer& l) {
     if (l.lanes == shuffled_block::PIXELS_IN_LANES && !pointwise)
         call.expect(planes(l, ow) <= LARGEST_IMAGE, "rows of an image, as many as taps reach, of at most 2^29 elements");
     return {n, h, w, l.channels, oh, ow, l.out_channels, l.kernel_height, l.kernel_width, l.stride_y, l.stride_x,
-            l.padding_y, l.padding_x, l.dilation_y, l.dilation_x, l.groups, l.activation, torch::stable::get_num_threads(), l.lanes};
+            l.padding_y, l.padding_x, l.dilation_y, l.dilation_x, l.groups, l.activation, torch::stable::get_num_threads(), l.lanes, 0};
+}
+
+// Whether x is [N, I, H, W], seen as [N, H, W, I], as a model is given its images: that is read as it is.
+bool in_planes(const Tensor& x, const Problem& q) {
+    if (x.sizes().size() != 4 || q.lanes != shuffled_block::ROWS_IN_LANES) return false;
+    const auto step = x.strides();
+    const int64_t plane = q.height * q.width, padded = (q.height + 2 * q.padding_y) * (q.width + 2 * q.padding_x);
+    return step[1] == q.width && step[2] == 1 && step[3] == plane && (q.images == 1 || step[0] == q.channels * plane) &&
+           padded * q.channels <= LARGEST_IMAGE;
 }
 
 const Layer& layer_of(const Call& call, const Tensor& folded, const Tensor& values) {
@@ -84,9 +93,10 @@ void shuffled_block_into(Tensor x, Tensor values, Tensor folded, std::optional<T
     call.expect(values.scalar_type() == dtype, "packed values in the dtype of x");
     if (!out.numel()) return;
     const Layer& layer = layer_of(call, folded, values);
-    const Problem q = problem(call, layer);
+    Problem q = problem(call, layer);
     if (residual) call.expect(residual->scalar_type() == dtype && same_shape(*residual, out), "a residual like the output");
-    x = dense(x);
+    q.planes = !x.is_contiguous() && in_planes(x, q);
+    if (!q.planes) x = dense(x);
     residual = dense(residual);
     const auto* const words = reinterpret_cast<const int64_t*>(&layer);
     const Kernel kernel = dtype == ScalarType::Float ? float32_kernel : bfloat16_kernel;
