@@ -29,12 +29,12 @@ from fxsparse.ir.inputs import Call, batch_size, device_of, signature_of
 from fxsparse.ir.masks import Masks
 from fxsparse.ir.symbols import concrete, open_sizes, symbolic_dims
 from fxsparse.measure import LayerTimes, device_name
-from fxsparse.module import Build, SparseModule
+from fxsparse.module import Build, SparseModule, without_autocast
 from fxsparse.passes import STORAGE, STRUCTURE, Context, canonicalize, name_of
 from fxsparse.passes import run as run_passes
 from fxsparse.readers import read
 from fxsparse.report import Report, Row
-from fxsparse.verify import Reference, check, probe, reference
+from fxsparse.verify import Reference, check, probed
 
 log = logging.getLogger("fxsparse")
 
@@ -168,7 +168,8 @@ def plan(
                          do="A dry run needs shapes: plan(model, masks, (torch.randn(1, 3, 224, 224),)).")  # fmt: skip
     call = checked_inputs(Call.of(example_inputs))
     found = as_masks(masks).check(checked_model(model))
-    rewritten = _rewrite(_capture(model, found, call, options), options)
+    with without_autocast():
+        rewritten = _rewrite(_capture(model, found, call, options), options)
     return dataclasses.replace(_report(rewritten, options), chosen="not measured")
 
 
@@ -217,7 +218,11 @@ def _capture(model: nn.Module, masks: Masks, call: Call, options: Options) -> Ca
     leaves, in_spec = pytree.tree_flatten(tuple(call))
 
     def own(leaves: Sequence[Any]) -> Any:
-        return masked_output(model, masks, Call(*pytree.tree_unflatten(leaves, in_spec)))
+        try:
+            return masked_output(model, masks, Call(*pytree.tree_unflatten(leaves, in_spec)))
+        except (RuntimeError, ValueError, IndexError) as error:  # captured at two samples, it may not take one
+            raise InputError("example_inputs", expected="inputs that the model itself runs on", got=first_line(error),
+                             do="Give inputs of a batch that it takes, or pass verify='off'.") from None  # fmt: skip
 
     parameters = sum(p.numel() for p in model.parameters())
     return Captured(gm, leaves, own, masks or _found_in(model), parameters)
@@ -237,7 +242,7 @@ def _rewrite(captured: Captured, options: Options) -> _Rewritten:
     dense, layers = clone(gm), layers_of(gm)
     ref = None
     if options.verify != "off":
-        ref = reference(flat(dense), probe(leaves))
+        ref = probed(flat(dense), leaves)
         own = captured.own(ref.inputs)
         check(pytree.tree_leaves(own), ref, "captured graph", "The front end changed the model: please report it.")
     times = LayerTimes(options.cache_dir, captured.batch, _LAYER_TIMES)
@@ -331,7 +336,7 @@ def _elsewhere(rewritten: _Rewritten, ref: Reference) -> Reference:
     captured, failed = rewritten.captured, ""
     for more in (1, -1) if captured.open_sizes else (0,):  # a table of positions may end here, a window begin
         try:
-            return reference(flat(rewritten.dense), probe(ref.inputs, captured.shapes(more), seed=1))
+            return probed(flat(rewritten.dense), ref.inputs, captured.shapes(more), seed=1)
         except (RuntimeError, IndexError, ValueError) as error:
             if not captured.open_sizes:
                 raise

@@ -96,7 +96,7 @@ class SparseModule(nn.Module):
         return self._prepare(Call.of(example_inputs))
 
     def _prepare(self, call: Call) -> SparseModule:
-        with COMPILING:
+        with COMPILING, without_autocast():
             if self._make is not None:
                 self._build = self._make(call)
                 self._make = None  # lets go of the user's model
@@ -218,9 +218,20 @@ class SparseModule(nn.Module):
         return self._build
 
 
+def without_autocast() -> contextlib.AbstractContextManager[object]:
+    """Operators keep the dtypes of the graph, which are the model's."""
+    enabled = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    if not enabled:
+        return contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    for device in enabled:
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
+
+
 def run_build(build: Build, inputs: Sequence[Any], same: bool) -> list[Any]:
     """Flattened outputs for flattened inputs. `same`: their batch size is the example's."""
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast():
         if same:
             outputs = build.run(*_laid_out(build.prepare(inputs), build.prepared))
         else:

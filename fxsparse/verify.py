@@ -29,6 +29,10 @@ FLOOR_ULP = 16.0
 FLOAT64_EPS = torch.finfo(torch.float64).eps
 TF32_EPS = 2.0**-10
 _PRODUCT = re.compile(r"(add|b|baddb)?mm\.|linear\.|matmul\.|(add)?mv\.|dot\.|bilinear\.|scaled_dot_product").match
+_NOT_FINITE = (
+    "The masked model itself gives inf or nan here, and 0 * inf is not kept where a mask has zeros. Give inputs under "
+    "which it is finite, or leave out that mask."
+)
 FLOOR_FLIPS = 4  # of many integers: where the reference turned none over, rounding may yet turn over a few
 
 
@@ -38,11 +42,13 @@ class Reference:
 
     inputs   flattened, in the model's dtype
     exact    flattened outputs in float64
+    dtypes   per output, of the masked model; None for what is no tensor
     allowed  per output, the largest |difference| that passes
     """
 
     inputs: tuple[Any, ...]
     exact: tuple[Any, ...]
+    dtypes: tuple[torch.dtype | None, ...]
     allowed: tuple[float, ...]
 
 
@@ -51,11 +57,23 @@ def wide_inputs(inputs: Sequence[Any]) -> list[Any]:
     return [x.to(_wide_dtype(x.dtype)) if isinstance(x, Tensor) else x for x in inputs]
 
 
-def probe(inputs: Sequence[Any], shapes: Sequence[Sequence[int]] | None = None, seed: int = 0) -> tuple[Any, ...]:
+def probed(
+    flat_gm: fx.GraphModule, inputs: Sequence[Any], shapes: Sequence[Sequence[int]] | None = None, seed: int = 0
+) -> Reference:
+    """`reference` on random inputs, or on the example's own values where floats among them are positions in a table."""
+    try:
+        return reference(flat_gm, probe(inputs, shapes, seed))
+    except IndexError:
+        return reference(flat_gm, probe(inputs, shapes, seed, of_its_own=True))
+
+
+def probe(
+    inputs: Sequence[Any], shapes: Sequence[Sequence[int]] | None = None, seed: int = 0, *, of_its_own: bool = False
+) -> tuple[Any, ...]:
     """Random inputs of the same shapes: the example's own values may be zeros, under which anything agrees.
 
-    Floating tensors are normal with the example's scale; integer ones repeat the example. `shapes` are other ones to
-    have, of every input.
+    Floating tensors are normal with the example's scale; integer ones, and all with `of_its_own`, repeat the example.
+    `shapes` are other ones to have, of every input.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -63,7 +81,7 @@ def probe(inputs: Sequence[Any], shapes: Sequence[Sequence[int]] | None = None, 
         if not isinstance(x, Tensor) or not x.dim():
             return x
         x = _of_shape(x, shape)
-        if not x.is_floating_point():
+        if of_its_own or not x.is_floating_point():
             return x
         spread = float(x.detach().double().std()) if x.numel() > 1 else 0.0
         noise = torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu") * (spread or 1.0)
@@ -92,13 +110,27 @@ def reference(flat_gm: fx.GraphModule, inputs: Sequence[Any]) -> Reference:
         if any(isinstance(y, Tensor) and y.dtype == torch.float64 for y in others[0]):
             generator = torch.Generator().manual_seed(0)
             shaken = _shaken(wide, generator)
-            others.append(_outputs(shaken(*[_shake(x, generator) for x in inputs])))
+            others.append(_outputs(shaken(*[_shake(x, generator) for x in wide_inputs(inputs)])))
             release(shaken)
         if products := _in_tf32(flat_gm):
             others.append(_outputs(_Shaking(flat_gm, products).run(*inputs)))
     release(wide)
+    for own, y in zip(others[0], exact, strict=True):
+        _check_range(own, y)
     allowed = [max(map(_allowed, own, itertools.repeat(y))) for y, *own in zip(exact, *others, strict=True)]
-    return Reference(tuple(inputs), tuple(exact), tuple(allowed))
+    dtypes = [getattr(own, "dtype", None) for own in others[0]]
+    return Reference(tuple(inputs), tuple(exact), tuple(dtypes), tuple(allowed))
+
+
+def _check_range(own: Any, exact: Any) -> None:
+    """Raises VerificationError where the masked model overflows in its dtype: no result can be judged by that."""
+    if isinstance(own, Tensor) and own.is_floating_point() and bool((exact.isfinite() & ~own.isfinite()).any()):
+        raise VerificationError(
+            f"the masked model in {str(own.dtype).removeprefix('torch.')}",
+            expected="finite outputs, as it has in float64",
+            got="inf or nan",
+            do="Use a dtype of a wider range (bfloat16, float32), or pass verify='off' and compare outputs yourself.",
+        )
 
 
 def _is_image(x: Any) -> bool:
@@ -113,7 +145,7 @@ def _channels_last(x: Any) -> Any:
 def _exact(wide: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
     try:
         return _outputs(wide(*wide_inputs(inputs)))
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise VerificationError(
             "the masked model in float64",
             expected="operators that run in float64 too",
@@ -194,11 +226,12 @@ def _wide_dtype(x: Any) -> Any:
 def check(outputs: Any, ref: Reference, suspect: str, do: str) -> str:
     """`largest |difference| ..., allowed ...`. Raises VerificationError when an output is further off than allowed."""
     worst = (0.0, 0.0)
-    for i, (y, exact, allowed) in enumerate(zip(_outputs(outputs), ref.exact, ref.allowed, strict=True)):
+    each = zip(_outputs(outputs), ref.exact, ref.dtypes, ref.allowed, strict=True)
+    for i, (y, exact, dtype, allowed) in enumerate(each):
         if not isinstance(exact, Tensor):
             continue
-        if not isinstance(y, Tensor) or y.is_complex() != exact.is_complex():
-            raise VerificationError(suspect, expected=f"output[{i}] of the kind of {exact.dtype}",
+        if not isinstance(y, Tensor) or y.dtype != dtype:
+            raise VerificationError(suspect, expected=f"output[{i}] in {dtype}",
                                     got=str(getattr(y, "dtype", type(y).__name__)), do=do)  # fmt: skip
         y, exact = _real(y), _real(exact)
         if y.shape != exact.shape:
@@ -206,6 +239,7 @@ def check(outputs: Any, ref: Reference, suspect: str, do: str) -> str:
                                     got=str(tuple(y.shape)), do=do)  # fmt: skip
         off = _difference(y, exact)
         if off > allowed:
+            do = do if bool(exact.isfinite().all()) else _NOT_FINITE
             raise _wrong(y, exact, i, off, allowed, suspect, do)
         worst = max(worst, (off, allowed))
     return f"largest |difference| {worst[0]:.1e}, allowed {worst[1]:.1e}"

@@ -236,7 +236,8 @@ def _matters(facts: Facts, node: fx.Node) -> Tensor:
 def _replace_operand(gm: fx.GraphModule, node: fx.Node, decision: Decision) -> None:
     i, value = decision.data["operand"], cast(Tensor, decision.data["value"])
     rest = cast(fx.Node, node.args[1 - i])
-    if operator_name(node) in ("add", "sub") and not value.any() and (i == 1 or operator_name(node) == "add"):
+    same = rest.meta["val"].dtype == node.meta["val"].dtype  # or the sum says what dtype comes of both
+    if same and operator_name(node) in ("add", "sub") and not value.any() and (i == 1 or operator_name(node) == "add"):
         node.replace_all_uses_with(rest)
         gm.graph.erase_node(node)
         return

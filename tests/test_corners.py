@@ -598,3 +598,131 @@ def test_a_linear_layer_on_one_sample_without_a_batch() -> None:
     with torch.no_grad():
         model[0].weight.masked_fill_(~mask, 0)
         torch.testing.assert_close(fast(x), model(x))
+
+
+class Of(nn.Module):
+    def __init__(self, forward: Callable[..., Any], **layers: nn.Module) -> None:
+        super().__init__()
+        self.function, self.layers = forward, nn.ModuleDict(layers)
+
+    def forward(self, *xs: Tensor) -> Any:
+        return self.function(self.layers, *xs)
+
+
+def without_rows(weight: Tensor, *dead: int) -> Tensor:
+    mask = torch.ones_like(weight, dtype=torch.bool)
+    mask[list(dead)] = False
+    return mask
+
+
+JUMPS: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
+    "ge": (0.7, lambda h: (h >= 0.7).float()), "eq": (0.1, lambda h: (h == 0.1).float()),
+    "hardshrink": (0.1, lambda h: F.hardshrink(h, 0.1)), "floor": (0.7, lambda h: torch.floor(h * 10)),
+    "int32": (0.35, lambda h: (h * 20).to(torch.int32).float()), "round": (0.35, lambda h: torch.round(h / 0.1) * 0.1),
+    "argmax": (0.7, lambda h: h + h.argmax(-1, keepdim=True)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", JUMPS)
+def test_a_constant_at_a_jump_is_on_the_side_where_the_model_has_it(name: str) -> None:
+    """Facts are in float64, where float32's 0.7 is less than 0.7."""
+    bias, jump = JUMPS[name]
+    model = Of(lambda m, x: m["b"](jump(m["a"](x))), a=nn.Linear(4, 6), b=nn.Linear(6, 3)).eval()
+    with torch.no_grad():
+        model.layers["a"].bias[1] = bias
+    masks = {"layers.a.weight": without_rows(model.layers["a"].weight, 1)}
+    fast = fxsparse.compile(model, masks, "eager", example_inputs=(torch.randn(2, 4),), measure=False)
+    Masks(masks).apply_(model)
+    x = torch.randn(50, 4)
+    with torch.no_grad():
+        assert float((fast(x) - model(x)).abs().max()) < 1e-5
+
+
+def test_a_factor_of_a_known_zero_stays_finite() -> None:
+    """Its inputs are needed: made from a part of them it may overflow, and 0 * inf is not 0."""
+    layers = {"f1": nn.Linear(4, 8), "f2": nn.Linear(8, 5), "z": nn.Linear(4, 5, bias=False)}
+    model = Of(lambda m, x: m["z"](x) * torch.exp(m["f2"](torch.relu(m["f1"](x)))), **layers).eval()
+    f1, f2, z = layers.values()
+    with torch.no_grad():
+        f1.weight[4:], f1.bias[4:] = f1.weight[:4], f1.bias[:4]
+        f2.weight[4, :4], f2.weight[4, 4:] = 1, -1  # the two halves cancel in row 4, which a dead row multiplies
+    half = torch.ones(5, 8, dtype=torch.bool)
+    half[:4, 4:] = False
+    masks = {"layers.f2.weight": half, "layers.z.weight": without_rows(z.weight, 4)}
+    fast = fxsparse.compile(model, masks, "eager", example_inputs=(torch.randn(2, 4),), measure=False)
+    assert torch.equal(fast(300 * torch.randn(6, 4))[:, 4], torch.zeros(6))
+
+
+@pytest.mark.parametrize(
+    ("function", "dtype"),
+    [
+        (lambda m, x: (m["b"](x) > 0) + m["a"](x), torch.float32),
+        (lambda m, x: m["b"](x).half() + m["a"](x), torch.float32),
+        (lambda m, x: m["c"](m["b"](x).half() - m["a"](x)), torch.float32),
+        (lambda m, x: m["b"](x).double(), torch.float64),
+        (lambda m, x: m["c"](m["a"](x).view(torch.int32).view(torch.float32)), torch.float32),
+    ],
+    ids=["bool", "half", "in between", "wider", "bits"],
+)
+def test_the_result_has_the_dtype_of_the_model(function: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    model = Of(function, a=nn.Linear(4, 6, bias=False), b=nn.Linear(4, 6), c=nn.Linear(6, 3)).eval()
+    masks = {"layers.a.weight": torch.zeros(6, 4)}
+    fast = fxsparse.compile(model, masks, "eager", example_inputs=(torch.randn(2, 4),), measure=False)
+    assert fast(torch.randn(3, 4)).dtype == dtype
+
+
+@pytest.mark.parametrize("target", ["eager", "inductor"])
+def test_autocast_changes_nothing(target: str) -> None:
+    """Neither around `compile`, nor around calls, nor around the first call with another batch size."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    masks, x = {"0.weight": without_rows(model[0].weight, 1)}, torch.randn(3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = fxsparse.compile(model, masks, target, example_inputs=(x,), measure=False)
+        inside = [fast(x), fast(x[:2])]
+    Masks(masks).apply_(model)
+    with torch.no_grad():
+        for got, given in zip([*inside, fast(x), fast(x[:2])], [x, x[:2], x, x[:2]], strict=True):
+            torch.testing.assert_close(got, model(given))
+
+
+def test_floats_that_are_positions_in_a_table_keep_the_example_s_values() -> None:
+    layers = {"e": nn.Embedding(9, 4), "a": nn.Linear(4, 3)}
+    model = Of(lambda m, x: m["a"](m["e"](x[:, 0].long())), **layers)
+    x = torch.tensor([[3.0, 1.0], [8.0, 2.0]])
+    fast = fxsparse.compile(model, None, "eager", example_inputs=(x,), measure=False)
+    assert "allowed" in fast.report.verification
+
+
+def batch_norm_of_the_batch() -> tuple[nn.Module, Tensor]:
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, track_running_stats=False)), torch.randn(1, 4)
+
+
+def overflow() -> tuple[nn.Module, Tensor]:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 3)).half()
+    for layer in model:
+        nn.init.constant_(layer.weight, 300.0)
+    return model, torch.ones(2, 4).half()
+
+
+def log_of_zero() -> tuple[nn.Module, Tensor]:
+    model = Of(lambda m, x: m["b"](torch.log(torch.relu(m["a"](x)))), a=nn.Linear(4, 6), b=nn.Linear(6, 3))
+    with torch.no_grad():
+        model.layers["b"].weight[:, 5] = 0
+        model.layers["a"].bias.copy_(torch.tensor([9.0, 9.0, 9.0, 9.0, 9.0, -9.0]))
+    return model, torch.randn(2, 4)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (batch_norm_of_the_batch, fxsparse.InputError, "inputs that the model itself runs on"),
+        (overflow, fxsparse.VerificationError, "Use a dtype of a wider range"),
+        (log_of_zero, fxsparse.VerificationError, r"0 \* inf is not kept where a mask has zeros"),
+    ],
+)
+def test_what_the_model_itself_cannot_do_is_not_blamed_on_a_pass(
+    make: Callable[[], tuple[nn.Module, Tensor]], error: type[Exception], words: str
+) -> None:
+    model, x = make()
+    with pytest.raises(error, match=words):
+        fxsparse.compile(model.eval(), None, "eager", example_inputs=(x,), measure=False)

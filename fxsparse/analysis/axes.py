@@ -196,7 +196,7 @@ def _aligned(node: fx.Node, channel: int | None, links: _Links) -> None:
 def _reduction(node: fx.Node, x: fx.Node, links: _Links) -> None:
     dims = arg(node, "dim")
     reduced = {d % _rank(x) for d in ([dims] if isinstance(dims, int) else dims)} if dims else set(range(_rank(x)))
-    if node.target in (aten.argmax.default, aten.argmin.default):
+    if node.target in Reduction.positions:
         links.pin(x, reduced, f"{operator_name(node)} ({owner(node)}) returns the number of a channel")
     position = 0
     for dim in range(_rank(x)):

@@ -72,18 +72,25 @@ def _forward(gm: fx.GraphModule, node: fx.Node, facts: Facts, rule_of: RuleOf) -
         )
         facts.unknown[node] = torch.zeros((), dtype=torch.bool, device=weight.device).expand(weight.shape)
     elif node.op == "call_function":
-        args, kwargs = fx.map_arg((node.args, node.kwargs), facts.operand)
-        try:
-            value = cast(Callable[..., Any], node.target)(*args, **kwargs)
-        except RuntimeError:
-            if not isinstance(value := _zeros(node), Tensor):
-                raise
-            facts.value[node], facts.unknown[node] = value, torch.ones_like(value, dtype=torch.bool)
-            return  # it has no kernel for float64: nothing is known of it
-        facts.value[node] = value
+        facts.value[node] = value = _run(node, facts)
         if isinstance(value, Tensor):
             facts.value[node] = value = _wide(value)
             _settle(node, value, facts, rule_of)
+        elif isinstance(nothing := _zeros(node), Tensor):
+            facts.value[node], facts.unknown[node] = nothing, torch.ones_like(nothing, dtype=torch.bool)
+
+
+def _run(node: fx.Node, facts: Facts) -> Any:
+    """Its value; None where a tensor cannot be told: without a kernel for float64, or from the bits of other floats."""
+    args, kwargs = fx.map_arg((node.args, node.kwargs), facts.operand)
+    is_tensor = isinstance(node.meta.get("val"), Tensor)
+    try:
+        value = cast(Callable[..., Any], node.target)(*args, **kwargs)
+    except RuntimeError:
+        if is_tensor:
+            return None
+        raise
+    return value if not is_tensor or list(value.shape) == concrete(node) else None
 
 
 def _settle(node: fx.Node, value: Tensor, facts: Facts, rule_of: RuleOf) -> None:
@@ -95,13 +102,19 @@ def _settle(node: fx.Node, value: Tensor, facts: Facts, rule_of: RuleOf) -> None
     unknown = torch.full_like(value, not tainted and _counts(node), dtype=torch.bool)
     if tainted:
         unknown = rule_of(node).unknown(node, facts)
-    if value.is_floating_point() and not value.sum().isfinite():
-        unknown = unknown | ~value.isfinite()
+    if value.is_floating_point() and not _finite(node, value.abs().sum()):
+        unknown = unknown | ~_finite(node, value)
     unknown = evenly(node, unknown)
     if (differs := varies(node, value)) is not None:
         unknown = unknown | differs
     facts.unknown[node] = _compact(unknown)
     facts.value[node] = _compact(value.masked_fill(unknown, 0) if some(unknown) else value)
+
+
+def _finite(node: fx.Node, value: Tensor) -> Tensor:
+    """Bool: which elements are finite, and stay so in the node's own dtype."""
+    own = node.meta.get("val", value)
+    return (value.to(own.dtype) if own.is_floating_point() else value).isfinite()
 
 
 def _compact(tensor: Tensor) -> Tensor:

@@ -1,11 +1,12 @@
 """Elementwise operators: y[p] = f(a[p], b[p], ...) with broadcasting.
 
 y[p] is known when all its arguments are; y[p] needs all its arguments at p. Multiplication knows more: 0 * x = 0.
+Where a function jumps, less is known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import torch
@@ -18,6 +19,8 @@ from fxsparse.ir.graph import aten, operator_name, owner
 from fxsparse.ir.layout import Layout
 from fxsparse.rules.rule import Rule, Sample, reduce_to, tie_leading
 
+ROUNDINGS = 16  # that a known value may have behind it in the model
+
 
 class Elementwise(Rule):
     """Any deterministic function of the elements at one position."""
@@ -28,22 +31,18 @@ class Elementwise(Rule):
         aten.relu6.default, aten.softplus.default, aten.mish.default, aten.clamp.default, aten.clamp_min.default,
         aten.clamp_max.default, aten.neg.default, aten.abs.default, aten.exp.default, aten.log.default,
         aten.sqrt.default, aten.rsqrt.default, aten.sin.default, aten.cos.default, aten.erf.default,
-        aten.reciprocal.default, aten._to_copy.default, aten.clone.default, aten.add.Tensor, aten.add.Scalar,
+        aten.reciprocal.default, aten.clone.default, aten.add.Tensor, aten.add.Scalar,
         aten.sub.Tensor, aten.sub.Scalar, aten.div.Tensor, aten.div.Scalar, aten.mul.Scalar,
         aten.pow.Tensor_Scalar, aten.pow.Tensor_Tensor, aten.maximum.default, aten.minimum.default,
         aten.where.self, aten.where.ScalarSelf, aten.where.ScalarOther, aten.where.Scalar, aten.masked_fill.Scalar,
         aten.leaky_relu.default, aten.selu.default, aten.celu.default, aten.log_sigmoid.default,
-        aten.threshold.default, aten.hardshrink.default, aten.softshrink.default, aten.square.default,
+        aten.softshrink.default, aten.square.default,
         aten.rsub.Scalar, aten.rsub.Tensor, aten.addcmul.default, aten.addcdiv.default, aten.lerp.Scalar,
         aten.lerp.Tensor, aten.pow.Scalar, aten.clamp.Tensor, aten.exp2.default, aten.expm1.default,
         aten.log1p.default, aten.log2.default, aten.log10.default, aten.tan.default, aten.atan.default,
-        aten.sinh.default, aten.cosh.default, aten.erfc.default, aten.sign.default, aten.sgn.default,
-        aten.round.default, aten.floor.default, aten.ceil.default, aten.trunc.default, aten.frac.default,
-        aten.nan_to_num.default, aten.fmod.Scalar, aten.remainder.Scalar, aten.div.Tensor_mode, aten.atan2.default,
-        aten.hypot.default, aten.eq.Scalar, aten.ne.Scalar, aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar,
-        aten.ge.Scalar, aten.eq.Tensor, aten.ne.Tensor, aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor,
-        aten.ge.Tensor, aten.logical_not.default, aten.logical_and.default, aten.logical_or.default,
-        aten.bitwise_not.default, aten.bitwise_and.Tensor, aten.bitwise_or.Tensor,
+        aten.sinh.default, aten.cosh.default, aten.erfc.default, aten.nan_to_num.default, aten.hypot.default,
+        aten.logical_not.default, aten.logical_and.default, aten.logical_or.default, aten.bitwise_not.default,
+        aten.bitwise_and.Tensor, aten.bitwise_or.Tensor,
     )  # fmt: skip
 
     def unknown(self, node: fx.Node, facts: Facts) -> Tensor:
@@ -78,11 +77,60 @@ class Elementwise(Rule):
         yield Sample(torch.maximum, ((2, 3, 4), (2, 3, 4)))
         yield Sample(lambda x, y: torch.where(y > 0, x, y), ((2, 3, 4), (2, 3, 4)))
         yield Sample(lambda x, y: torch.addcmul(1 - x, F.leaky_relu(y), x, value=0.5), ((2, 3, 4), (2, 3, 4)))
+
+
+class Jump(Elementwise):
+    """Functions that jump, such as a threshold: known where rounding what they read cannot turn the result over.
+
+    Facts are in float64, and the model in its dtype takes 0.7 for 0.699999988: it may be on the jump's other side.
+    """
+
+    ops = (
+        aten.eq.Scalar, aten.ne.Scalar, aten.lt.Scalar, aten.le.Scalar, aten.gt.Scalar, aten.ge.Scalar, aten.eq.Tensor,
+        aten.ne.Tensor, aten.lt.Tensor, aten.le.Tensor, aten.gt.Tensor, aten.ge.Tensor, aten.sign.default,
+        aten.sgn.default, aten.round.default, aten.floor.default, aten.ceil.default, aten.trunc.default,
+        aten.frac.default, aten.fmod.Scalar, aten.remainder.Scalar, aten.div.Tensor_mode, aten.atan2.default,
+        aten.threshold.default, aten.hardshrink.default, aten._to_copy.default,
+    )  # fmt: skip
+
+    def unknown(self, node: fx.Node, facts: Facts) -> Tensor:
+        bits = super().unknown(node, facts)
+        if node.target is aten._to_copy.default and facts.value[node].is_floating_point():
+            return bits
+        inputs = [n for n in node.all_input_nodes if n in facts.unknown and facts.value[n].is_floating_point()]
+        side = cast(Callable[..., Tensor], _SIDES.get(node.target, node.target))
+
+        def moved(up: int) -> Tensor:  # of two inputs one is moved up, the other down
+            at = {n: _moved(n, facts, -up if i else up) for i, n in enumerate(inputs)}
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: at[n] if n in at else facts.operand(n))
+            return side(*args, **kwargs)
+
+        return bits | (moved(1) != moved(-1))
+
+    def samples(self) -> Iterable[Sample]:
         yield Sample(lambda x, y: torch.where(x.lt(y) & ~(y >= 0.5), 2.0, x.lerp(y, 0.3)), ((2, 3, 4), (2, 3, 4)))
+        yield Sample(lambda x: torch.floor(x * 3) + (x > 0.5).to(x), ((2, 5, 3, 3),))
+        yield Sample(lambda x, y: torch.atan2(x, y - 1) + F.hardshrink(x) + torch.sign(y), ((2, 3, 4), (2, 3, 4)))
+
+
+# What says on which side of a jump something is, where the jump is a point.
+_SIDES: dict[Any, Any] = {
+    aten.eq.Scalar: aten.lt.Scalar, aten.ne.Scalar: aten.lt.Scalar,
+    aten.eq.Tensor: aten.lt.Tensor, aten.ne.Tensor: aten.lt.Tensor,
+}  # fmt: skip
+
+
+def _moved(node: fx.Node, facts: Facts, up: int) -> Tensor:
+    """The value of `node` off by some roundings of its dtype. A zero stays one, but may have lost its sign."""
+    moved: Tensor = facts.operand(node) * (1 + up * ROUNDINGS * torch.finfo(node.meta["val"].dtype).eps)
+    return torch.where(moved == 0, -moved if up < 0 else moved, moved)
 
 
 class Multiply(Elementwise):
-    """y = a * b: y is known to be 0 where either factor is; where one factor is 0 the other is not needed."""
+    """y = a * b: y is known to be 0 where either factor is.
+
+    The other factor is needed even so: made from what is left of its inputs it may overflow, and 0 * inf is not 0.
+    """
 
     ops = (aten.mul.Tensor,)
 
@@ -91,12 +139,6 @@ class Multiply(Elementwise):
         if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)):
             return super().unknown(node, facts)
         return (facts.unknown[a] & facts.nonzero(b)) | (facts.nonzero(a) & facts.unknown[b])
-
-    def demand(self, node: fx.Node, facts: Facts, demanded: Tensor) -> Mapping[fx.Node, Tensor]:
-        a, b = node.args
-        if not (isinstance(a, fx.Node) and isinstance(b, fx.Node)) or a is b:
-            return super().demand(node, facts, demanded)
-        return {n: reduce_to(demanded & facts.nonzero(other), facts.unknown[n].shape) for n, other in ((a, b), (b, a))}
 
     def samples(self) -> Iterable[Sample]:
         yield Sample(lambda x, y: x * torch.sigmoid(y), ((2, 5, 3, 3), (2, 5, 1, 1)))

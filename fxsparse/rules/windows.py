@@ -152,6 +152,7 @@ class Reduction(Rule):
         aten.var.correction, aten.std.dim, aten.std.correction, aten.linalg_vector_norm.default,
         aten.logsumexp.default, aten.argmax.default, aten.argmin.default, aten.any.dim, aten.all.dim,
     )  # fmt: skip
+    positions = (aten.argmax.default, aten.argmin.default)  # they return
 
     def mixed(self, node: fx.Node, rank: int) -> list[int]:
         dims = arg(node, "dim")
@@ -161,6 +162,8 @@ class Reduction(Rule):
     def unknown(self, node: fx.Node, facts: Facts) -> Tensor:
         (x,) = [n for n in node.all_input_nodes if n in facts.unknown]
         dims = self.mixed(node, facts.unknown[x].dim())
+        if node.target in self.positions:  # rounding may move the largest
+            return torch.ones_like(facts.value[node], dtype=torch.bool)
         return any_along(facts.unknown[x], dims, keepdim=bool(arg(node, "keepdim")))
 
     def demand(self, node: fx.Node, facts: Facts, demanded: Tensor) -> Mapping[fx.Node, Tensor]:
