@@ -42,9 +42,8 @@ _REFUSED = re.compile(
     r"(cudnn|fbgemm|miopen|mkldnn|mps)_.*|(linalg_)?lu_solve|linalg_ldl_solve|ctc_loss"
 )
 # Names with an underscore are torch's own business, other than these.
-_UNDERSCORED = frozenset(
-    "__and__ __lshift__ __or__ __rshift__ __xor__ _assert_scalar _conj _log_softmax _neg_view "
-    "_upsample_bicubic2d_aa _upsample_bilinear2d_aa".split()
+_UNDERSCORED = re.compile(
+    r"__(and|lshift|or|rshift|xor)__|_assert_scalar|_conj|_log_softmax|_neg_view|_upsample_(bicubic|bilinear)2d_aa"
 )
 _ZEROED = {"empty_like": "zeros_like", "new_empty": "new_zeros"}  # what was in memory before is nobody's to read
 _OPERATOR = re.compile(r"(aten|fxsparse|python)::(\w+)(?:\.(\w+))?")
@@ -151,7 +150,7 @@ def _functional(target: Any, space: str, base: str) -> bool:
         return False
     if space == "fxsparse" or target in RULES:
         return space == "aten" or target in BY_OPERATOR
-    return base in _UNDERSCORED if base.startswith("_") else _REFUSED.fullmatch(base) is None
+    return bool(_UNDERSCORED.fullmatch(base)) if base.startswith("_") else not _REFUSED.fullmatch(base)
 
 
 def _root(weights: Json, tensors: Mapping[str, Tensor]) -> nn.Module:
