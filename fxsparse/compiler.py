@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fxsparse.arguments import check_cache_dir, checked_inputs, checked_model
 from fxsparse.backend import Target, find_target
+from fxsparse.backend.target import COMPILING
 from fxsparse.contest import Contest, contest
 from fxsparse.errors import CaptureError, InputError, TargetError, VerificationError, first_line, near
 from fxsparse.explain import Layer, layers_of, parameters_after, rows_of, with_formats, without_a_row
@@ -168,7 +169,8 @@ def plan(
                          do="A dry run needs shapes: plan(model, masks, (torch.randn(1, 3, 224, 224),)).")  # fmt: skip
     call = checked_inputs(Call.of(example_inputs))
     found = as_masks(masks).check(checked_model(model))
-    rewritten = _rewrite(_capture(model, found, call, options), options)
+    with COMPILING:
+        rewritten = _rewrite(_capture(model, found, call, options), options)
     return dataclasses.replace(_report(rewritten, options), chosen="not measured")
 
 
