@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fxsparse
 from fxsparse import CaptureError, FxSparseError, InputError, MaskError, TargetError, VerificationError
+from fxsparse.backend import TARGETS
 from fxsparse.errors import near
 from fxsparse.ir.capture import capture
 from fxsparse.ir.graph import refresh
@@ -219,6 +220,22 @@ def test_a_missing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cxx
     with refused(TargetError, where="target 'inductor'", expected=cxx or "g++", got="none", do="apt-get install g++"):
         fxsparse.plan(net(), None, (torch.ones(2, 5),))
     assert build()(torch.ones(2, 5)).shape == (2, 3)
+
+
+def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("InvalidCxxCompiler: none works\nSet TORCHDYNAMO_VERBOSE=1")
+
+    for name in ("compile", "standalone_compile", "aoti_compile_and_package"):
+        monkeypatch.setattr(f"torch._inductor.{name}", fails)
+    failed = {"expected": "a C++ compiler", "got": "RuntimeError: InvalidCxxCompiler: none works", "do": "nothing"}
+    with refused(TargetError, where="target 'inductor'", **failed):
+        build(target="inductor")
+    with refused(TargetError, where="target 'inductor'", **failed):
+        TARGETS["inductor"].lower_dynamic(build().graph_module)
+    with refused(TargetError, where="AOTInductor package", **failed):
+        build().save_aoti(tmp_path / "m.pt2")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("target", ["indctor", "tvm", ["eager"], None, torch.compile])
