@@ -92,7 +92,7 @@ def check_cache_dir(cache_dir: str | os.PathLike[str] | None) -> None:
         os.makedirs(cache_dir, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache_dir):
             pass
-    except (OSError, TypeError) as error:
+    except (OSError, TypeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a path"
         raise InputError(f"cache_dir={cache_dir!r}", expected="a folder that can be written",
                          got=f"{type(error).__name__}: {reason}",

@@ -21,7 +21,7 @@ from fxsparse.deploy.tensorrt_build import Profile, decisions, eligible_weights,
 from fxsparse.deploy.tensorrt_runtime import open_engine
 from fxsparse.errors import InputError
 from fxsparse.ir.decision import Decision
-from fxsparse.ir.files import replacing, writable, writing
+from fxsparse.ir.files import whole_file, writable, writing
 from fxsparse.ir.graph import flat
 from fxsparse.ir.inputs import batch_size
 from fxsparse.module import SparseModule
@@ -168,7 +168,7 @@ def export_tensorrt(
         file = _write(sparse, model, path, None, verify)
         return TensorRtFile(file.files, trtexec(model, profile, Path(path)), onnx=file)
     plan, _ = open_engine(trt, model, profile, sparse=True)
-    with writing(path), replacing(path) as name:
+    with whole_file(path) as name:
         name.write_bytes(plan.data)
     return TensorRtFile((Path(path),), trtexec(model, profile, Path("model.onnx")), decisions(model, plan))
 

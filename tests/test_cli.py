@@ -221,6 +221,12 @@ def test_threads_are_set(nets: Path, calls: list[dict[str, Any]], monkeypatch: p
     assert set_to == [3]
 
 
+def test_demo_needs_a_folder(refused: Callable[..., str], tmp_path: Path) -> None:
+    pytest.importorskip("rich")
+    (tmp_path / "file").touch()
+    assert "expected a path in a folder" in refused("demo", "--quick", "--out", str(tmp_path / "file"))
+
+
 def test_demo_is_run_with_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[tuple[Any, ...]] = []
     demo = SimpleNamespace(run=lambda *arguments: ran.append(arguments))

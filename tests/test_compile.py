@@ -863,6 +863,13 @@ def test_two_that_save_layer_times_keep_both(tmp_path: Path) -> None:
     assert saved(tmp_path) == {"a": 1.0, "b": 2.0}
 
 
+def test_layer_times_that_cannot_be_saved_are_only_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    times = LayerTimes(tmp_path, 1)
+    times.path.mkdir()
+    times.save()
+    assert f"layer times are not kept in {times.path}: there is a folder" in caplog.text
+
+
 def test_layer_times_saved_at_once_are_never_half_a_file(tmp_path: Path) -> None:
     def save(i: int) -> None:
         for k in range(20):

@@ -298,7 +298,7 @@ def test_a_plan_without_shapes() -> None:
 def test_a_cache_folder_that_cannot_be_one(tmp_path: Path) -> None:
     """Found out before anything is measured; /proc exists and takes no file, from root neither."""
     (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "below", "/proc", "", 5, b"bytes"):
+    for path in (tmp_path / "file", tmp_path / "file" / "below", "/proc", "", 5, b"bytes", "a\0b"):
         with refused(InputError, where="cache_dir", expected="a folder", got="Error", do="leave cache_dir out"):
             build(cache_dir=path)
 

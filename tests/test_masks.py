@@ -201,6 +201,12 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypa
     assert Masks.load(path) == old
 
 
+def test_whoever_reads_new_files_reads_saved_masks(tmp_path: Path) -> None:
+    Masks({"w": BITS}).save(tmp_path / "m.safetensors")
+    (tmp_path / "new").touch()
+    assert (tmp_path / "m.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
+
+
 def test_an_interrupted_rename_leaves_no_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(source: object, target: object) -> None:
         raise KeyboardInterrupt

@@ -14,7 +14,7 @@ import fxsparse
 from fxsparse.backend import TARGETS
 from fxsparse.cli import named
 from fxsparse.errors import InputError
-from fxsparse.ir.files import replacing, writable, writing
+from fxsparse.ir.files import whole_file, writable
 from fxsparse.package.aoti import check_suffix
 
 _MODEL = f"""\
@@ -87,7 +87,7 @@ def model_and_masks(arguments: argparse.Namespace) -> tuple[nn.Module, fxsparse.
 
 def write_text(path: Path, text: str) -> None:
     """The whole file or none of it. Raises InputError where it cannot be written."""
-    with writing(path), replacing(path) as name:
+    with whole_file(path) as name:
         name.write_text(text, encoding="utf-8")
 
 

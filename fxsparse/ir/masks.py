@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fxsparse.errors import MaskError, near
-from fxsparse.ir.files import as_path, replacing, writing
+from fxsparse.ir.files import as_path, whole_file
 
 _WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DataParallel and DDP, torch.compile, Lightning
 _SUGGEST_FLOAT = "A mask is one bool per weight, True = kept; 0/1 in uint8 or float is also read."
@@ -69,7 +69,7 @@ class Masks(Mapping[str, Tensor]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a .safetensors file (uint8, 1 = kept), whole or not at all. Raises InputError where it cannot be."""
-        with writing(path), replacing(path) as name:
+        with whole_file(path) as name:
             try:
                 save_file({n: m.to(torch.uint8).contiguous() for n, m in self.items()}, name)
             except SafetensorError as error:  # a full disk, say

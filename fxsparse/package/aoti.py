@@ -51,7 +51,6 @@ def compile_aoti(
                           do="Compile with formats='dense' for it, or use module.save(path).")  # fmt: skip
     # compiled in a folder of its own: the archive's folder gets the file's name
     with torch.no_grad(), replacing(path) as name, tempfile.TemporaryDirectory() as folder:
-        name.touch()  # found out before the minutes of work rather than after
         configs = {**options(gm), "aot_inductor.metadata": metadata or {}}
         made = str(Path(folder) / "model.pt2")
         with COMPILING, failing_as("AOTInductor package", _INSTEAD):
