@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.masked import masked_tensor
 from torch.nn.utils import prune
 
 from fxsparse import InputError, MaskError, Masks
@@ -80,6 +82,16 @@ def test_what_is_not_zeros_and_ones_is_refused_with_what_it_holds(mask: object, 
         Masks({"conv.weight": mask})
     assert caught.value.where == "mask for 'conv.weight'"
     assert "True = kept" in caught.value.do
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of:UserWarning")
+def test_tensors_of_other_kinds_are_refused() -> None:
+    bits = BITS.float()
+    kinds = {"a nested tensor": torch.nested.nested_tensor([bits[:1], bits]), "a MaskedTensor": masked_tensor(bits, BITS),
+             "a FakeTensor": FakeTensorMode().from_tensor(BITS)}  # fmt: skip
+    for got, mask in kinds.items():
+        with pytest.raises(MaskError, match=f"expected a dense tensor; got {got}"):
+            Masks({"conv.weight": mask})
 
 
 def test_weights_given_for_a_mask_are_told_how_to_become_one() -> None:
