@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxsparse.arguments import check_cache_dir, checked_inputs, checked_model
+from fxsparse.arguments import check_bool, check_cache_dir, checked_inputs, checked_model
 from fxsparse.backend import Target, find_target
 from fxsparse.backend.target import COMPILING
 from fxsparse.contest import Contest, contest
@@ -158,12 +158,13 @@ def plan(
     example_inputs: ExampleInputs = None,
     *,
     target: str = "inductor",
+    dynamic_batch: bool = True,
 ) -> Report:
     """A dry run: what `compile` would remove, what it would not, and why. Builds and times nothing.
 
     Arguments and errors as for `compile`; example inputs are needed, since shapes decide what can be removed.
     """
-    options = checked_options(target, True, "auto", "off", False, None)
+    options = checked_options(target, dynamic_batch, "auto", "off", False, None)
     if example_inputs is None:
         raise InputError("example_inputs of plan", expected="a tuple of inputs, or a dict by name", got="None",
                          do="A dry run needs shapes: plan(model, masks, (torch.randn(1, 3, 224, 224),)).")  # fmt: skip
@@ -380,6 +381,8 @@ def checked_options(
     cache_dir: str | os.PathLike[str] | None,
 ) -> Options:
     """These arguments of `compile` as Options. Raises InputError or TargetError for a wrong one."""
+    check_bool("dynamic_batch", dynamic_batch)
+    check_bool("measure", measure)
     found = Options(_checked(target, formats, verify), dynamic_batch, formats, verify, measure, cache_dir)
     check_cache_dir(cache_dir)
     return found

@@ -253,6 +253,13 @@ def test_an_unknown_value_of_an_option_lists_the_known_ones(option: str, known: 
         build(**{option: value})
 
 
+@pytest.mark.parametrize("option", [{"dynamic_batch": "no"}, {"measure": "yes"}, {"measure": 1}])
+def test_a_switch_that_is_neither_true_nor_false(option: dict[str, Any]) -> None:
+    ((name, value),) = option.items()
+    with refused(InputError, where=f"{name}={value!r}", expected="True or False", got=type(value).__name__, do=name):
+        build(**option)
+
+
 def test_a_misspelt_option_gets_a_suggestion() -> None:
     with refused(InputError, where="verify='eech'", expected="'each'", got="'eech'", do="Did you mean 'each'"):
         build(verify="eech")
