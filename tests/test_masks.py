@@ -87,8 +87,11 @@ def test_what_is_not_zeros_and_ones_is_refused_with_what_it_holds(mask: object, 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of:UserWarning")
 def test_tensors_of_other_kinds_are_refused() -> None:
     bits = BITS.float()
-    kinds = {"a nested tensor": torch.nested.nested_tensor([bits[:1], bits]), "a MaskedTensor": masked_tensor(bits, BITS),
-             "a FakeTensor": FakeTensorMode().from_tensor(BITS)}  # fmt: skip
+    kinds = {
+        "a nested tensor": torch.nested.nested_tensor([bits[:1], bits]),
+        "a MaskedTensor": masked_tensor(bits, BITS),
+        "a FakeTensor": FakeTensorMode().from_tensor(BITS),
+    }
     for got, mask in kinds.items():
         with pytest.raises(MaskError, match=f"expected a dense tensor; got {got}"):
             Masks({"conv.weight": mask})

@@ -7,6 +7,7 @@ temporary name and renamed, so processes that build at once do not disturb each 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -137,13 +138,15 @@ def _load(name: str, flags: list[str]) -> ctypes.CDLL:
         return _found_or_built(source, command, cache_folder() / file)
     except (OSError, RuntimeError) as error:  # no folder to write to, or no home
         log.warning("kernels are built for this process alone (%s): FXSPARSE_CACHE_DIR names a folder for them", error)
-        return _found_or_built(source, command, Path(_own_folder().name) / file)
+        return _found_or_built(source, command, _own_folder() / file)
 
 
 @functools.cache
-def _own_folder() -> tempfile.TemporaryDirectory[str]:
+def _own_folder() -> Path:
     """Removed when the process ends."""
-    return tempfile.TemporaryDirectory(prefix="fxsparse-")
+    folder = tempfile.mkdtemp(prefix="fxsparse-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 def _found_or_built(source: Path, command: list[str], path: Path) -> ctypes.CDLL:
