@@ -82,6 +82,13 @@ def _dense(x: Any) -> Any:
     return (x.clone() if x.is_inference() else x).contiguous(memory_format=memory_format(x))
 
 
+def check_bool(name: str, value: object) -> None:
+    """Raise InputError for a text, say, that would only count as true."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name}={value!r}", expected="True or False", got=type(value).__name__,
+                         do=f"Leave {name} at its default.")  # fmt: skip
+
+
 def check_cache_dir(cache_dir: str | os.PathLike[str] | None) -> None:
     """Make the folder, and a file in it: found out before the minutes of work rather than after. Raises InputError."""
     if cache_dir is None:
@@ -92,7 +99,7 @@ def check_cache_dir(cache_dir: str | os.PathLike[str] | None) -> None:
         os.makedirs(cache_dir, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache_dir):
             pass
-    except (OSError, TypeError) as error:
+    except (OSError, TypeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a path"
         raise InputError(f"cache_dir={cache_dir!r}", expected="a folder that can be written",
                          got=f"{type(error).__name__}: {reason}",

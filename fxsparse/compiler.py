@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxsparse.arguments import check_cache_dir, checked_inputs, checked_model
+from fxsparse.arguments import check_bool, check_cache_dir, checked_inputs, checked_model
 from fxsparse.backend import Target, find_target
+from fxsparse.backend.target import COMPILING
 from fxsparse.contest import Contest, contest
 from fxsparse.errors import CaptureError, InputError, TargetError, VerificationError, first_line, near
 from fxsparse.explain import Layer, layers_of, parameters_after, rows_of, with_formats, without_a_row
@@ -157,18 +158,19 @@ def plan(
     example_inputs: ExampleInputs = None,
     *,
     target: str = "inductor",
+    dynamic_batch: bool = True,
 ) -> Report:
     """A dry run: what `compile` would remove, what it would not, and why. Builds and times nothing.
 
     Arguments and errors as for `compile`; example inputs are needed, since shapes decide what can be removed.
     """
-    options = checked_options(target, True, "auto", "off", False, None)
+    options = checked_options(target, dynamic_batch, "auto", "off", False, None)
     if example_inputs is None:
         raise InputError("example_inputs of plan", expected="a tuple of inputs, or a dict by name", got="None",
                          do="A dry run needs shapes: plan(model, masks, (torch.randn(1, 3, 224, 224),)).")  # fmt: skip
     call = checked_inputs(Call.of(example_inputs))
     found = as_masks(masks).check(checked_model(model))
-    with without_autocast():
+    with COMPILING, without_autocast():
         rewritten = _rewrite(_capture(model, found, call, options), options)
     return dataclasses.replace(_report(rewritten, options), chosen="not measured")
 
@@ -383,6 +385,8 @@ def checked_options(
     cache_dir: str | os.PathLike[str] | None,
 ) -> Options:
     """These arguments of `compile` as Options. Raises InputError or TargetError for a wrong one."""
+    check_bool("dynamic_batch", dynamic_batch)
+    check_bool("measure", measure)
     found = Options(_checked(target, formats, verify), dynamic_batch, formats, verify, measure, cache_dir)
     check_cache_dir(cache_dir)
     return found

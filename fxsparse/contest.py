@@ -137,17 +137,17 @@ def _ran(target: Target, won: _Build) -> list[Decision]:
 def _competing(
     runners: Sequence[Target], every: Mapping[str, fx.GraphModule], inputs: Sequence[Any], any_size: bool
 ) -> tuple[list[_Build], list[Decision]]:
-    """The rewritten graphs on every runner, and why some cannot have them. Raises TargetError when it is the first."""
+    """The rewritten graphs on every runner, and why some cannot have them. Raises TargetError when none can."""
     builds: list[_Build] = []
-    refused = []
+    refused: list[tuple[Target, TargetError]] = []
     for runner in runners:
         try:
             builds += list(_own_builds(runner, _fitting(runner, runners, every), inputs, any_size))  # all or none
         except TargetError as error:
-            if runner is runners[0]:
-                raise
-            refused.append(_left_out(runner.name, error.got))
-    return builds, refused
+            refused.append((runner, error))
+    if not builds:
+        raise refused[0][1]
+    return builds, [_left_out(runner.name, error.got) for runner, error in refused]
 
 
 def _fitting(
@@ -243,9 +243,8 @@ def dense_builds(dense: fx.GraphModule, inputs: Sequence[Any], target: Target, a
                 else:
                     builds.append(_Build(f"{t.name}, {name}", gm, t.lower_dense(gm, prepare(inputs)), prepare, t))
             except TargetError:  # the rewritten graph has met it before, and that is in the report
-                if t in runners[1:]:
-                    continue
-                raise
+                if t not in runners or len(runners) == 1:
+                    raise
     return builds
 
 

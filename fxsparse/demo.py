@@ -28,6 +28,7 @@ from torch import Tensor, nn
 import fxsparse
 from fxsparse.coarsen import Coarsened, refill, with_batch_norm
 from fxsparse.errors import InputError, VerificationError
+from fxsparse.ir.files import writable
 from fxsparse.ir.masks import Masks
 from fxsparse.progress import progress
 from fxsparse.prune import prunable
@@ -73,7 +74,7 @@ def run(out_dir: str | os.PathLike[str], seed: int = 0, quick: bool = False) -> 
     missing, VerificationError when the compiled network does not answer as the masked one does.
     """
     out = Path(out_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    writable(out / "report.html")
     setup, console = QUICK if quick else Setup(), Console()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from fxsparse.backend.target import COMPILING
 from fxsparse.backend.tensorrt import tensorrt
 from fxsparse.deploy.onnx_model import OnnxModel, not_in_tensorrt, require, save, to_onnx
 from fxsparse.deploy.onnx_runtime import OnnxSession
@@ -20,7 +21,7 @@ from fxsparse.deploy.tensorrt_build import Profile, decisions, eligible_weights,
 from fxsparse.deploy.tensorrt_runtime import open_engine
 from fxsparse.errors import InputError
 from fxsparse.ir.decision import Decision
-from fxsparse.ir.files import replacing, writable, writing
+from fxsparse.ir.files import whole_file, writable, writing
 from fxsparse.ir.graph import flat
 from fxsparse.ir.inputs import batch_size
 from fxsparse.module import SparseModule
@@ -80,7 +81,9 @@ def export_onnx(
     gm = compiled_graph(sparse)
     writable(path)
     require("onnx", "onnxscript", *["onnxruntime"] * verify, what="export_onnx")
-    return _write(sparse, to_onnx(gm), path, external_data, verify)
+    with COMPILING:
+        model = to_onnx(gm)
+    return _write(sparse, model, path, external_data, verify)
 
 
 def _write(
@@ -154,22 +157,29 @@ def export_tensorrt(
     Neither the engine nor the trtexec line has been tried on a real TensorRT yet.
     """
     gm, own = compiled_graph(sparse), batch_size(pytree.tree_leaves(sparse.example))
-    profile = Profile(*batches) if batches is not None else Profile(1, own, own)
-    if not 1 <= profile.least <= profile.best <= profile.most:
-        raise InputError(f"batches={batches!r}", expected="smallest <= best <= largest, from 1 on", got="others",
-                         do="For example: batches=(1, 8, 64).")  # fmt: skip
+    profile = Profile(1, own, own) if batches is None else _profile(batches)
     writable(path)
     trt = tensorrt() if engine else None
     require("onnx", "onnxscript", *["onnxruntime"] * (verify and not engine), what="export_tensorrt")
-    model = to_onnx(gm)
+    with COMPILING:
+        model = to_onnx(gm)
     refuse_operators(model)
     if trt is None:
         file = _write(sparse, model, path, None, verify)
         return TensorRtFile(file.files, trtexec(model, profile, Path(path)), onnx=file)
     plan, _ = open_engine(trt, model, profile, sparse=True)
-    with writing(path), replacing(path) as name:
+    with whole_file(path) as name:
         name.write_bytes(plan.data)
     return TensorRtFile((Path(path),), trtexec(model, profile, Path("model.onnx")), decisions(model, plan))
+
+
+def _profile(batches: object) -> Profile:
+    """Raises InputError for what is not three ascending batch sizes."""
+    match batches:
+        case (int(least), int(best), int(most)) if 1 <= least <= best <= most:
+            return Profile(least, best, most)
+    raise InputError(f"batches={batches!r}", expected="three whole numbers, smallest <= best <= largest, from 1 on",
+                     got="others", do="For example: batches=(1, 8, 64).")  # fmt: skip
 
 
 def trtexec(model: OnnxModel, profile: Profile, path: Path) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import math
 import os
 import platform
@@ -37,6 +38,8 @@ from fxsparse.ir.graph import arg, aten
 from fxsparse.ir.symbols import concrete
 from fxsparse.kernels.build import digest
 from fxsparse.kernels.triton import digest as triton_digest
+
+log = logging.getLogger("fxsparse")
 
 ROUNDS = (6, 60)  # at least, at most
 QUALIFYING_ROUNDS = (1, 3)
@@ -177,11 +180,14 @@ class LayerTimes:
         return self.seconds[key]
 
     def save(self) -> None:
-        """Write what was measured, merged with what other processes wrote meanwhile."""
+        """Write what was measured, merged with what other processes wrote meanwhile. Only warns where it cannot."""
         if self.path is None:
             return
-        with replacing(self.path) as name:
-            name.write_text(json.dumps({**self._load(), **self.seconds}), encoding="utf-8")
+        try:
+            with replacing(self.path) as name:
+                name.write_text(json.dumps({**self._load(), **self.seconds}), encoding="utf-8")
+        except OSError as error:
+            log.warning("layer times are not kept in %s: %s", self.path, error.strerror)
 
     def _load(self) -> dict[str, float]:
         try:

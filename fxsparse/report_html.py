@@ -10,7 +10,7 @@ from html import escape
 from torch import Tensor
 
 from fxsparse.ir.decision import Plan
-from fxsparse.ir.files import replacing, writable
+from fxsparse.ir.files import whole_file, writable
 from fxsparse.picture import PIXELS, data_uri, picture
 from fxsparse.report import Report, Row, count, duration, format_name, percent, reasons, shape_change, short_names
 from fxsparse.report_style import STYLE
@@ -23,9 +23,8 @@ _MAGNIFY = 8  # a small picture is shown so many times larger, at most
 
 def write_page(report: Report, path: str | os.PathLike[str]) -> None:
     """Write the page to `path`, whole or not at all; missing folders are made. Raises InputError where none can be."""
-    target = writable(path)
-    with replacing(target) as temporary:
-        temporary.write_bytes(page(report).encode())
+    with whole_file(writable(path)) as name:
+        name.write_bytes(page(report).encode())
 
 
 def page(report: Report) -> str:

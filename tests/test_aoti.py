@@ -14,7 +14,9 @@ import torch
 import torch._inductor
 from torch import Tensor
 
-from fxsparse import InputError
+import fxsparse
+from fxsparse import InputError, TargetError
+from fxsparse.backend.target import COMPILING
 from fxsparse.kernels.build import compiler
 from tests.test_compile import Net, masks_of
 from tests.test_package import compiled, more, packed
@@ -66,6 +68,42 @@ def test_another_suffix_is_refused(tmp_path: Path) -> None:
         module.save_aoti("/proc/m.pt2")
 
 
+def test_a_graph_for_one_batch_size_gives_no_library_for_any(tmp_path: Path) -> None:
+    model = Of(lambda m, x: m["a"](x).view(2, 8, 64), a=conv(3, 8))
+    fixed = compiled(model, torch.randn(2, 3, 8, 8), dynamic_batch=False)
+    with pytest.raises(TargetError, match=r"AOTInductor package: expected .*; got UserError: "):
+        fixed.save_aoti(tmp_path / "m.pt2", dynamic_batch=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_whatever_exports_a_graph_does_so_in_one_thread_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    export: Any = torch.export.export
+    held: list[bool] = []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        held.append(COMPILING._is_owned())  # type: ignore[attr-defined]
+        return export(*args, **kwargs)
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("enough is known")
+
+    monkeypatch.setattr("torch.export.export", spy)
+    monkeypatch.setattr("torch._inductor.aoti_compile_and_package", fails)
+    x = torch.randn(2, 2, 8, 8)
+    fxsparse.plan(Net(), None, (x,))
+    module = compiled(Net(), x, target="inductor")
+    module.save(tmp_path / "m", native=True)
+    with pytest.raises(TargetError, match="enough is known"):
+        module.save_aoti(tmp_path / "m.pt2")
+    assert held == [True] * 4
+    pytest.importorskip("onnxscript")
+    fxsparse.export_onnx(module, tmp_path / "m.onnx", verify=False)
+    assert len(held) > 4
+    assert all(held)
+
+
 @pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 def test_the_cpp_example_computes_what_python_does(tmp_path: Path) -> None:
     x = torch.randn(2, 3, 8, 8)
@@ -91,8 +129,6 @@ def test_the_cpp_example_computes_what_python_does(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_library_and_native_code_run_on_a_gpu(tmp_path: Path) -> None:
-    import fxsparse
-
     x = torch.randn(2, 2, 8, 8, device="cuda")
     module = compiled(Net().cuda(), x, masks=masks_of(Net()), target="inductor")
     module.save_aoti(tmp_path / "m.pt2", dynamic_batch=True)

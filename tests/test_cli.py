@@ -68,14 +68,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What the command line hands to `plan` and `compile`, which do nothing here but log a step."""
     seen: list[dict[str, Any]] = []
 
-    def plan(model: nn.Module, masks: Any, inputs: Any, *, target: str) -> Report:
+    def plan(model: nn.Module, masks: Any, inputs: Any, **options: Any) -> Report:
         logging.getLogger("fxsparse").info("analyze")
-        seen.append({"model": model, "masks": masks, "inputs": inputs, "target": target})
+        seen.append({"model": model, "masks": masks, "inputs": inputs, **options})
         return REPORT
 
     def compile(model: nn.Module, masks: Any, target: str, *, example_inputs: Any, **options: Any) -> SimpleNamespace:
-        plan(model, masks, example_inputs, target=target)
-        seen[-1] |= options
+        plan(model, masks, example_inputs, target=target, **options)
         return SimpleNamespace(report=REPORT)
 
     monkeypatch.setattr(fxsparse, "plan", plan)
@@ -221,6 +220,12 @@ def test_threads_are_set(nets: Path, calls: list[dict[str, Any]], monkeypatch: p
     assert set_to == [3]
 
 
+def test_demo_needs_a_folder(refused: Callable[..., str], tmp_path: Path) -> None:
+    pytest.importorskip("rich")
+    (tmp_path / "file").touch()
+    assert "expected a path in a folder" in refused("demo", "--quick", "--out", str(tmp_path / "file"))
+
+
 def test_demo_is_run_with_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[tuple[Any, ...]] = []
     demo = SimpleNamespace(run=lambda *arguments: ran.append(arguments))
@@ -304,7 +309,7 @@ def test_what_is_not_a_model_is_refused(nets: Path, refused: Callable[..., str],
         (["--input", "1,8:50,7"], "got '50,7' for one of them"),
         (["--input", f"1,8:{2**70}"], "--input: expected shapes that fit into memory and ids into int64; got "),
         ([], "InputError: --input: expected the shape of each input of the model; got none.\n"),
-        (["--input", "3,4", "--dtype", "float16"], "--dtype: expected float32, float64, bfloat16; got 'float16'.\n"),
+        (["--input", "3,4", "--dtype", "int8"], "--dtype: expected float32, float64, bfloat16, float16; got 'int8'.\n"),
         (["--input", "3,4", "--dtype", "bfloat61"], "Did you mean 'bfloat16'"),
         (["--input", "3,4", "--threads", "0"], "--threads: expected a whole number from 1 on; got '0'.\n"),
         (["--input", "3,4", "--masks", "gone.safetensors"], "MaskError: masks file 'gone.safetensors': expected "),
@@ -542,9 +547,33 @@ def test_options_that_a_package_cannot_take_are_refused(nets: Path, refused: Cal
     model = nn.Linear(4, 2, bias=False).eval()
     fast = fxsparse.compile(model, target="eager", measure=False, example_inputs=(torch.randn(3, 4),))
     fast.save(nets / "fast.fxsparse")
-    for flags in (["--input", "8,4"], ["--dtype", "bfloat16"], ["--masks", "m.pt"], ["--target", "onnx"]):
+    for flags in (
+        ["--input", "8,4"], ["--dtype", "bfloat16"], ["--masks", "m.pt"], ["--target", "onnx"], ["--verify", "each"],
+        ["--fixed-batch"], ["--formats", "dense"], ["--cache-dir", "times"],
+    ):  # fmt: skip
         assert f"{flags[0]} of bench: expected none with a package" in refused("bench", "fast.fxsparse", *flags)
     assert "no such file" in refused("bench", "missing.fxsparse")
+
+
+def test_bench_of_a_model_has_no_native_code(nets: Path, refused: Callable[..., str]) -> None:
+    sentence = "--native of bench: expected a package with it; got the model 'nets_here:tiny'"
+    assert sentence in refused("bench", "nets_here:tiny", "--input", "3,4", "--native")
+
+
+@pytest.mark.parametrize("command", ["plan", "compile", "bench"])
+def test_what_errors_advise_can_be_said_on_the_command_line(
+    nets: Path, calls: list[dict[str, Any]], command: str
+) -> None:
+    given = [command, "nets_here:tiny", "--input", "3,4"]
+    assert cli.main([*given, "--dtype", "float16"]) == 0
+    build = [] if command == "plan" else ["--formats", "dense", "--cache-dir", "times"]
+    assert cli.main([*given, "--fixed-batch", *build]) == 0
+    plain, told = calls
+    assert plain["inputs"][0].dtype == torch.float16
+    assert (plain["dynamic_batch"], told["dynamic_batch"]) == (True, False)
+    if build:
+        assert (plain["formats"], told["formats"]) == ("auto", "dense")
+        assert (plain["cache_dir"], told["cache_dir"]) == (None, "times")
 
 
 def test_a_reader_that_leaves_is_no_error(nets: Path) -> None:

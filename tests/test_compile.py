@@ -1,5 +1,6 @@
 """compile() and plan() as a user meets them: the model stays as it was, the result is right for every call."""
 
+import contextlib
 import copy
 import dataclasses
 import gc
@@ -22,7 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.utils import parametrizations, prune
 
 import fxsparse
-from fxsparse import InputError, Masks, SparseModule, VerificationError
+from fxsparse import InputError, Masks, SparseModule, TargetError, VerificationError
+from fxsparse.backend import TARGETS
 from fxsparse.measure import QUALIFYING_ROUNDS, LayerTimes, Runs
 from fxsparse.passes import fold_batch_norm
 from fxsparse.verify import widen
@@ -597,6 +599,13 @@ def test_it_can_be_copied(target: str, when: str) -> None:
     assert str(other.report) == str(fast.report)
 
 
+def test_a_target_is_pickled_and_copied_as_its_name() -> None:
+    for target in (TARGETS["eager"], TARGETS["onnx"]):
+        with contextlib.suppress(TargetError):  # a machine without it
+            assert pickle.loads(pickle.dumps(target)) is target
+            assert copy.deepcopy(target) is target
+
+
 def test_it_can_be_pickled_until_it_is_compiled() -> None:
     model, x = Net(), images()
     fast = build(model, masks_of(model))
@@ -861,6 +870,13 @@ def test_two_that_save_layer_times_keep_both(tmp_path: Path) -> None:
     first.save()
     second.save()
     assert saved(tmp_path) == {"a": 1.0, "b": 2.0}
+
+
+def test_layer_times_that_cannot_be_saved_are_only_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    times = LayerTimes(tmp_path, 1)
+    times.path.mkdir()
+    times.save()
+    assert f"layer times are not kept in {times.path}: there is a folder" in caplog.text
 
 
 def test_layer_times_saved_at_once_are_never_half_a_file(tmp_path: Path) -> None:

@@ -328,6 +328,21 @@ def test_what_onnx_cannot_run_is_left_to_inductor_with_the_reason(
     assert not any("onnx" in t.build for t in fast.report.timings)
 
 
+def test_auto_does_without_inductor_where_its_compiler_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr("torch._inductor.compile", fails)
+    model, x = Net(), images()
+    fast = auto(monkeypatch, ONNX_WINS, model, x)
+    why, ran = [d for d in fast.report.decisions if d.step == "contest"]
+    assert (why.why, ran.what) == ("RuntimeError: no such instruction", "run it on 'onnx'")
+    agree(fast(x), zeroed(model, masks_of(model))(x))
+
+
 def test_auto_does_without_what_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

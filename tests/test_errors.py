@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fxsparse
 from fxsparse import CaptureError, FxSparseError, InputError, MaskError, TargetError, VerificationError
+from fxsparse.backend import TARGETS
 from fxsparse.errors import near
 from fxsparse.ir.capture import capture
 from fxsparse.ir.graph import refresh
@@ -221,6 +222,22 @@ def test_a_missing_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cxx
     assert build()(torch.ones(2, 5)).shape == (2, 3)
 
 
+def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("InvalidCxxCompiler: none works\nSet TORCHDYNAMO_VERBOSE=1")
+
+    for name in ("compile", "standalone_compile", "aoti_compile_and_package"):
+        monkeypatch.setattr(f"torch._inductor.{name}", fails)
+    failed = {"expected": "a C++ compiler", "got": "RuntimeError: InvalidCxxCompiler: none works", "do": "nothing"}
+    with refused(TargetError, where="target 'inductor'", **failed):
+        build(target="inductor")
+    with refused(TargetError, where="target 'inductor'", **failed):
+        TARGETS["inductor"].lower_dynamic(build().graph_module)
+    with refused(TargetError, where="AOTInductor package", **failed):
+        build().save_aoti(tmp_path / "m.pt2")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("target", ["indctor", "tvm", ["eager"], None, torch.compile])
 def test_an_unknown_target_lists_the_known_ones(target: Any) -> None:
     name = isinstance(target, str)
@@ -234,6 +251,13 @@ def test_an_unknown_target_lists_the_known_ones(target: Any) -> None:
 def test_an_unknown_value_of_an_option_lists_the_known_ones(option: str, known: str, value: object) -> None:
     with refused(InputError, where=f"{option}={value!r}", expected=known, got="", do=""):
         build(**{option: value})
+
+
+@pytest.mark.parametrize("option", [{"dynamic_batch": "no"}, {"measure": "yes"}, {"measure": 1}])
+def test_a_switch_that_is_neither_true_nor_false(option: dict[str, Any]) -> None:
+    ((name, value),) = option.items()
+    with refused(InputError, where=f"{name}={value!r}", expected="True or False", got=type(value).__name__, do=name):
+        build(**option)
 
 
 def test_a_misspelt_option_gets_a_suggestion() -> None:
@@ -281,7 +305,7 @@ def test_a_plan_without_shapes() -> None:
 def test_a_cache_folder_that_cannot_be_one(tmp_path: Path) -> None:
     """Found out before anything is measured; /proc exists and takes no file, from root neither."""
     (tmp_path / "file").write_text("")
-    for path in (tmp_path / "file", tmp_path / "file" / "below", "/proc", "", 5, b"bytes"):
+    for path in (tmp_path / "file", tmp_path / "file" / "below", "/proc", "", 5, b"bytes", "a\0b"):
         with refused(InputError, where="cache_dir", expected="a folder", got="Error", do="leave cache_dir out"):
             build(cache_dir=path)
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.masked import masked_tensor
 from torch.nn.utils import prune
 
 from fxsparse import InputError, MaskError, Masks
@@ -80,6 +82,19 @@ def test_what_is_not_zeros_and_ones_is_refused_with_what_it_holds(mask: object, 
         Masks({"conv.weight": mask})
     assert caught.value.where == "mask for 'conv.weight'"
     assert "True = kept" in caught.value.do
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of:UserWarning")
+def test_tensors_of_other_kinds_are_refused() -> None:
+    bits = BITS.float()
+    kinds = {
+        "a nested tensor": torch.nested.nested_tensor([bits[:1], bits]),
+        "a MaskedTensor": masked_tensor(bits, BITS),
+        "a FakeTensor": FakeTensorMode().from_tensor(BITS),
+    }
+    for got, mask in kinds.items():
+        with pytest.raises(MaskError, match=f"expected a dense tensor; got {got}"):
+            Masks({"conv.weight": mask})
 
 
 def test_weights_given_for_a_mask_are_told_how_to_become_one() -> None:
@@ -199,6 +214,12 @@ def test_a_failed_save_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypa
         Masks({"w": ~BITS}).save(path)
     assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
     assert Masks.load(path) == old
+
+
+def test_whoever_reads_new_files_reads_saved_masks(tmp_path: Path) -> None:
+    Masks({"w": BITS}).save(tmp_path / "m.safetensors")
+    (tmp_path / "new").touch()
+    assert (tmp_path / "m.safetensors").stat().st_mode == (tmp_path / "new").stat().st_mode
 
 
 def test_an_interrupted_rename_leaves_no_temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 import fxsparse
@@ -62,3 +62,16 @@ def test_the_clock_decides(ours: float, mkl: float, faster: bool, monkeypatch: p
     slow_once = itertools.chain([9.0, 9.0], itertools.cycle([ours, mkl]))  # what disturbs a round only ever adds
     monkeypatch.setattr(onednn, "_seconds", lambda call: call() is None or next(slow_once))
     assert onednn.faster_than_mkl.__wrapped__(3, 16, 8, 1) is faster
+
+
+def test_the_caller_s_default_dtype_and_device_are_not_what_is_timed() -> None:
+    timed: list[Tensor] = []
+    pack = onednn.onednn_linear
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.MonkeyPatch.context() as patch, torch.device("meta"):
+            patch.setattr(onednn, "onednn_linear", lambda *xs: timed.extend(xs) or pack(*xs))
+            onednn.faster_than_mkl.__wrapped__(3, 16, 8, 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {(x.dtype, x.device.type) for x in timed} == {(torch.float32, "cpu")}

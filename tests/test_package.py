@@ -7,6 +7,7 @@ import json
 import logging
 import pickle
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
@@ -471,6 +473,42 @@ def test_a_tampered_package_with_right_hashes_is_refused(
     assert sentence in str(caught.value)
     assert ": expected " in str(caught.value)
     assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("name", [
+    "_reshape_alias", "_sparse_coo_tensor_with_dims_and_tensors", "set.source_Storage_storage_offset", "resize",
+    "_jagged_to_padded_dense_forward", "_segment_reduce_backward", "empty.memory_format", "as_strided", "slice_inverse",
+    "_native_batch_norm_legit.no_stats", "native_batch_norm", "unfold_backward", "mkldnn_linear", "_fft_c2r",
+])  # fmt: skip
+def test_operators_that_trust_in_sizes_and_numbers_are_refused_by_name(
+    tmp_path: Path, genuine: bytes, name: str
+) -> None:
+    base, _, overload = name.partition(".")
+    assert isinstance(getattr(getattr(torch.ops.aten, base), overload or "default"), torch._ops.OpOverload)
+    (tmp_path / "m").write_bytes(genuine)
+    edited(tmp_path / "m", node_edit("call", 2, f"aten::{name}"))
+    with pytest.raises(PackageError, match=re.escape(f"got 'aten::{name}', which this installation lacks or refuses")):
+        fxsparse.load(tmp_path / "m")
+
+
+def test_operators_with_an_underscore_that_models_really_have_are_saved(tmp_path: Path) -> None:
+    def bits(m: Any, x: Tensor) -> Tensor:
+        odd = ((x > 0) & (x < 1) | (x > 2) ^ (x > 3)).float() + ((x.int() << 1) >> 1).float()
+        return m.a(odd) + F.interpolate(x[:, None], size=(4, 4), mode="bilinear", antialias=True).mean()
+
+    def spectrum(m: Any, x: Tensor) -> Tensor:
+        return m.a(torch.fft.irfft2(torch.fft.rfft2(x).conj(), (4, 5)))
+
+    def written(m: Any, x: Tensor) -> Tensor:
+        y = torch.empty_like(x)
+        y[:, ::2], y[:, 1::2] = x[:, 1::2], 1
+        return m.a(x.new_empty(x.shape).fill_(2) + y)
+
+    x = torch.randn(2, 4, 5)
+    for function in (bits, spectrum, written):
+        module = compiled(Wrapped(function), x, dynamic_batch=False)
+        module.save(tmp_path / "m")
+        assert torch.equal(fxsparse.load(tmp_path / "m")(x), module(x)), function.__name__
 
 
 def test_loading_runs_no_operator(tmp_path: Path, genuine: bytes) -> None:

@@ -561,6 +561,25 @@ def test_a_library_cut_short_is_built_again(tmp_path: Path, monkeypatch: pytest.
     build.load.cache_clear()
 
 
+def test_without_a_folder_to_write_to_kernels_are_built_for_this_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FXSPARSE_CACHE_DIR", "/proc/none")
+    monkeypatch.setattr(build, "_SOURCES", tmp_path)
+    (tmp_path / "small.cpp").write_text('extern "C" int eight() { return 8; }')
+    assert build.load("small").eight() == 8
+    assert "FXSPARSE_CACHE_DIR" in caplog.text
+    build.load.cache_clear()
+
+
+def test_times_are_remembered_for_the_compiler_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    own = build.digest.__wrapped__("n_m")
+    assert own == build.digest.__wrapped__("n_m") != build.digest.__wrapped__("shuffled_block")
+    monkeypatch.setenv("CXX", f"{build.compiler()} -O1")
+    assert build.digest.__wrapped__("n_m") != own
+
+
 def test_a_source_that_does_not_compile_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FXSPARSE_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(build, "_SOURCES", tmp_path)

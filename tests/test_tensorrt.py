@@ -331,9 +331,9 @@ def test_a_fixed_batch_has_no_shapes_in_the_line_and_wrong_batches_are_refused(t
     compiled = fxsparse.compile(Net().eval(), {}, "eager", **options)
     file = fxsparse.export_tensorrt(compiled, tmp_path / "m.onnx", engine=False)
     assert "Shapes" not in file.command
-    for batches in ((0, 1, 2), (4, 2, 8), (1, 8, 4)):
+    for batches in ((0, 1, 2), (4, 2, 8), (1, 8, 4), (1, 8), ("a", "b", "c"), 8):
         with pytest.raises(InputError, match="smallest <= best <= largest"):
-            fxsparse.export_tensorrt(compiled, tmp_path / "n.onnx", engine=False, batches=batches)
+            fxsparse.export_tensorrt(compiled, tmp_path / "n.onnx", engine=False, batches=batches)  # type: ignore[arg-type]
     assert not (tmp_path / "n.onnx").exists()
 
 

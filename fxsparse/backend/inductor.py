@@ -22,7 +22,7 @@ from fxsparse.backend.cuda_graph import captured
 from fxsparse.backend.memory import give_memory
 from fxsparse.backend.onednn import faster_products
 from fxsparse.backend.target import Runnable, Target
-from fxsparse.errors import TargetError
+from fxsparse.errors import FxSparseError, TargetError, first_line
 from fxsparse.formats import BY_OPERATOR, KERNELS
 from fxsparse.formats.gpu import placed
 from fxsparse.ir.graph import arg, aten, fake_mode, flat, is_ours, on_gpu
@@ -56,7 +56,7 @@ class Inductor(Target):
         module = lowered(gm)
         for node in module.graph.nodes:  # symbolic shapes of the capture mean nothing to this trace
             node.meta.pop("val", None)
-        with torch.no_grad(), _generated(), faster_products():
+        with failing_as(f"target {self.name!r}"), torch.no_grad(), _generated(), faster_products():
             run = cast(Runnable, torch._inductor.compile(module, list(inputs), options=self.options(gm) | _tuned(gm)))
         return captured(run, inputs)
 
@@ -65,9 +65,10 @@ class Inductor(Target):
 
         module = lowered(gm)
         fake = [n.meta["val"] for n in module.graph.nodes if n.op == "placeholder"]
-        patches, mode = {"config_patches": self.options(gm)}, fake_mode(module)
+        patches, mode, where = {"config_patches": self.options(gm)}, fake_mode(module), f"target {self.name!r}"
         before = len(mode.shape_env.guards)
-        with torch.no_grad(), _generated(), _no_word_of_saving(), tracing(TracingContext(mode)):
+        quiet, traced = _no_word_of_saving(), tracing(TracingContext(mode))
+        with failing_as(where), torch.no_grad(), _generated(), quiet, traced:
             run = torch._inductor.standalone_compile(
                 module, fake, dynamic_shapes="from_tracing_context", options=patches
             )
@@ -75,6 +76,18 @@ class Inductor(Target):
         if not assumed.any:
             return cast(Runnable, run)
         return AnySize(functools.partial(self.lower, gm), placed(gm), cast(Runnable, run), assumed)
+
+
+@contextlib.contextmanager
+def failing_as(where: str, do: str = "target='eager' compiles nothing.") -> Iterator[None]:
+    """Inside, whatever torch.export and Inductor raise becomes a TargetError of `where`."""
+    try:
+        yield
+    except FxSparseError:
+        raise
+    except Exception as error:  # noqa: BLE001 - of torch, of sympy, or of a compiler that was called
+        raise TargetError(where, expected="a graph and a C++ compiler that Inductor can work with",
+                          got=first_line(error), do=do) from None  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -70,7 +70,7 @@ def faster_than_mkl(rows: int, columns: int, outputs: int, threads: int) -> bool
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
     with unset_fake_temporarily(), torch.no_grad():
-        x, w = torch.ones(rows, columns), torch.ones(outputs, columns)
+        x, w = (torch.ones(n, columns, dtype=torch.float32, device="cpu") for n in (rows, outputs))
         onednn = onednn_linear(x, w)
         if onednn is None:
             return False

@@ -40,6 +40,12 @@ class Target:
         """For a target that `refines` another: whether to try `gm`, which takes `ms` on that one."""
         return True
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """The one of its name, for copies and other processes: there it may be missing."""
+        from fxsparse.backend import find_target
+
+        return find_target, (self.name,)
+
     def lower(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Runnable:
         """`gm` made ready for inputs of exactly these shapes. `gm` is not changed."""
         raise NotImplementedError

@@ -89,10 +89,7 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--html", metavar="FILE", type=writable, help="write the report as a page with pictures")
         each.add_argument("--json", metavar="FILE", type=writable, help="write the report as JSON")
     for each in (compiling, timing):
-        each.add_argument(
-            "--verify", metavar="WHEN", default="end",
-            help="compare with the masked model at the end, after each pass, or off (default: end)",
-        )  # fmt: skip
+        options.add_build(each)
     compiling.add_argument("--out", metavar="FILE", type=writable, help="save the result, for fxsparse.load")
     compiling.add_argument(
         "--aoti", metavar="FILE", type=options.pt2_file, help="compile it into a .pt2 with AOTInductor"
@@ -125,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
 def _plan(arguments: argparse.Namespace) -> None:
     with progress():
         model, masks, inputs = options.load(arguments)
-        report = fxsparse.plan(model, masks, inputs, target=arguments.target)
+        report = fxsparse.plan(model, masks, inputs, target=arguments.target, dynamic_batch=not arguments.fixed_batch)
     _write(report, arguments)
 
 
@@ -149,6 +146,9 @@ def _bench(arguments: argparse.Namespace) -> None:
     if Path(arguments.model).suffix == ".fxsparse":
         raise InputError(f"package {arguments.model!r}", expected="a file that --out wrote", got="no such file",
                          do="fxsparse compile ... --out fast.fxsparse writes one.")  # fmt: skip
+    if arguments.native:
+        raise InputError("--native of bench", expected="a package with it", got=f"the model {arguments.model!r}",
+                         do="Time fast.fxsparse, which fxsparse compile --native --out wrote.")  # fmt: skip
     report = _build(arguments, measure=True).report
     common = {
         "model": arguments.model,
@@ -163,7 +163,9 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 def _bench_package(arguments: argparse.Namespace) -> None:
     given = {"--input": arguments.inputs, "--masks": arguments.masks, "--weights": arguments.weights,
-             "--dtype": arguments.dtype != torch.float32, "--target": arguments.target != "inductor"}  # fmt: skip
+             "--dtype": arguments.dtype != torch.float32, "--target": arguments.target != "inductor",
+             "--fixed-batch": arguments.fixed_batch, "--verify": arguments.verify != "end",
+             "--formats": arguments.formats != "auto", "--cache-dir": arguments.cache_dir}  # fmt: skip
     for flag in [flag for flag, value in given.items() if value]:
         raise InputError(f"{flag} of bench", expected="none with a package", got="one",
                          do="A package is timed as it was compiled: compile it anew for other inputs.")  # fmt: skip
@@ -190,8 +192,9 @@ def _build(arguments: argparse.Namespace, measure: bool) -> fxsparse.SparseModul
     with progress():
         model, masks, inputs = options.load(arguments)
         return fxsparse.compile(
-            model, masks, arguments.target, example_inputs=inputs, verify=arguments.verify, measure=measure
-        )
+            model, masks, arguments.target, example_inputs=inputs, dynamic_batch=not arguments.fixed_batch,
+            formats=arguments.formats, verify=arguments.verify, measure=measure, cache_dir=arguments.cache_dir,
+        )  # fmt: skip
 
 
 def _write(report: fxsparse.Report, arguments: argparse.Namespace) -> None:

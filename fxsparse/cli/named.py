@@ -22,7 +22,7 @@ from fxsparse.ir.masks import fit_names
 from fxsparse.readers import torch_prune
 from fxsparse.readers.files import are_tensors, unwrapped
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 UNTRAINED = ("torchvision:", "models:")  # sources of models whose weights are random
 MODEL_FORMS = "torchvision:resnet18, models:vgg16_cifar or package.module:callable"
 

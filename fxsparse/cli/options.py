@@ -14,7 +14,8 @@ import fxsparse
 from fxsparse.backend import TARGETS
 from fxsparse.cli import named
 from fxsparse.errors import InputError
-from fxsparse.ir.files import replacing, writable, writing
+from fxsparse.formats import FORMATS
+from fxsparse.ir.files import whole_file, writable
 from fxsparse.package.aoti import check_suffix
 
 _MODEL = f"""\
@@ -55,6 +56,23 @@ def add_run(parser: argparse.ArgumentParser) -> None:
         type=whole_number("--threads", 1),
         help="CPU threads to run and time with (default: torch's)",
     )
+    parser.add_argument(
+        "--fixed-batch", action="store_true",
+        help="for the batch size of --input alone (dynamic_batch=False), where the model takes no other",
+    )  # fmt: skip
+
+
+def add_build(parser: argparse.ArgumentParser) -> None:
+    """How the result is built."""
+    parser.add_argument(
+        "--verify", metavar="WHEN", default="end",
+        help="compare with the masked model at the end, after each pass, or off (default: end)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--formats", metavar="NAME", default="auto",
+        help=f"how weights are stored: auto, dense or, wherever it fits, {', '.join(FORMATS)} (default: auto)",
+    )  # fmt: skip
+    parser.add_argument("--cache-dir", metavar="DIR", help="folder that keeps the measured times of layers")
 
 
 def load(arguments: argparse.Namespace) -> tuple[nn.Module, fxsparse.Masks | None, named.Inputs]:
@@ -87,7 +105,7 @@ def model_and_masks(arguments: argparse.Namespace) -> tuple[nn.Module, fxsparse.
 
 def write_text(path: Path, text: str) -> None:
     """The whole file or none of it. Raises InputError where it cannot be written."""
-    with writing(path), replacing(path) as name:
+    with whole_file(path) as name:
         name.write_text(text, encoding="utf-8")
 
 

@@ -56,7 +56,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary name beside `path` to write to; renamed when all went well, removed when not. Makes the folder.
 
     Processes that write at once leave one whole file. A symbolic link stays, what it names is replaced; anything else
-    that is no file is left alone. An OSError of the system passes through.
+    that is no file is left alone. Whoever may read new files may read it. An OSError of the system passes through.
     """
     target = Path(os.path.realpath(as_path(path, "a file to write")))
     if problem := obstacle(target):  # renaming over /dev/null would take it from everybody
@@ -65,7 +65,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     # in the same folder, so that the renaming is atomic; the suffix stays, as some writers look at it
     temporary = target.with_name(f".{secrets.token_hex(6)}.{target.name}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode | temporary.stat().st_mode)  # safetensors makes a file that only its owner can read
         os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -81,3 +84,10 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         got = f"{type(error).__name__}: {error.strerror}"
         raise InputError(f"output file {os.fspath(path)!r}", expected="a path that can be written", got=got,
                          do="Name another file.") from None  # fmt: skip
+
+
+@contextlib.contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """`replacing`, with the error of `writing`."""
+    with writing(path), replacing(path) as name:
+        yield name

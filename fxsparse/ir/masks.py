@@ -10,9 +10,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.masked import MaskedTensor
 
 from fxsparse.errors import MaskError, near
-from fxsparse.ir.files import as_path, replacing, writing
+from fxsparse.ir.files import as_path, whole_file
 
 _WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DataParallel and DDP, torch.compile, Lightning
 _SUGGEST_FLOAT = "A mask is one bool per weight, True = kept; 0/1 in uint8 or float is also read."
@@ -69,7 +71,7 @@ class Masks(Mapping[str, Tensor]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a .safetensors file (uint8, 1 = kept), whole or not at all. Raises InputError where it cannot be."""
-        with writing(path), replacing(path) as name:
+        with whole_file(path) as name:
             try:
                 save_file({n: m.to(torch.uint8).contiguous() for n, m in self.items()}, name)
             except SafetensorError as error:  # a full disk, say
@@ -163,8 +165,13 @@ def _as_bool(name: str, mask: Tensor) -> Tensor:
                         do="Use the names of model.named_parameters().")  # fmt: skip
     if not isinstance(mask, Tensor):
         raise MaskError(f"mask for {name!r}", expected="a tensor", got=type(mask).__name__, do=_SUGGEST_FLOAT)
-    if mask.is_meta or mask.layout is not torch.strided:
-        got = "a tensor without data (meta device)" if mask.is_meta else f"layout {mask.layout}"
+    kinds = {
+        "a tensor without data (meta device)": mask.is_meta,
+        "a nested tensor": mask.is_nested,
+        f"a {type(mask).__name__}": isinstance(mask, (FakeTensor, MaskedTensor)),
+        f"layout {mask.layout}": mask.layout is not torch.strided,
+    }
+    if got := next((kind for kind, found in kinds.items() if found), ""):
         raise MaskError(f"mask for {name!r}", expected="a dense tensor", got=got, do=_SUGGEST_FLOAT)
     if mask.dtype == torch.bool:
         return mask.detach().clone()

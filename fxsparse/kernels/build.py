@@ -7,6 +7,7 @@ temporary name and renamed, so processes that build at once do not disturb each 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -16,6 +17,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -65,8 +67,8 @@ def cache_folder() -> Path:
 
 @functools.cache
 def digest(name: str) -> str:
-    """A hash of the source, for keys of what was measured with it."""
-    return hashlib.sha256(_text(_SOURCES / f"{name}.cpp")).hexdigest()[:12]
+    """A hash of what `load` gives, source and compiler, for keys of what was measured with it."""
+    return _key(_SOURCES / f"{name}.cpp", [*_compiler_or_raise(name), *_flags()])[:12]
 
 
 def _text(source: Path) -> bytes:
@@ -77,7 +79,11 @@ def _text(source: Path) -> bytes:
 @functools.cache
 def load(name: str, isa: str | None = None) -> ctypes.CDLL:
     """The library made of `cpu/<name>.cpp`, built at the first use. Raises TargetError when it cannot be built."""
-    return _load(name, [*_COMMON, *_ISA[isa or instruction_set()]])
+    return _load(name, _flags(isa))
+
+
+def _flags(isa: str | None = None) -> list[str]:
+    return [*_COMMON, *_ISA[isa or instruction_set()]]
 
 
 @functools.cache
@@ -119,7 +125,7 @@ def build_operators(path: str | os.PathLike[str]) -> None:
 
     It is for this processor and this torch. Raises TargetError when it cannot be built.
     """
-    command = [*_compiler_or_raise("operators"), *_COMMON, "-std=c++20", *_ISA[instruction_set()], *_torch_flags()]
+    command = [*_compiler_or_raise("operators"), *_flags(), "-std=c++20", *_torch_flags()]
     sources = [str(source) for source in sorted(_SOURCES.glob("*.cpp"))]
     _build([*sources, "-DFXSPARSE_STANDALONE"], command, Path(path))
 
@@ -127,7 +133,23 @@ def build_operators(path: str | os.PathLike[str]) -> None:
 def _load(name: str, flags: list[str]) -> ctypes.CDLL:
     source = _SOURCES / f"{name}.cpp"
     command = [*_compiler_or_raise(name), *flags]
-    path = cache_folder() / f"{name}-{_key(source, command)}.so"
+    file = f"{name}-{_key(source, command)}.so"
+    try:
+        return _found_or_built(source, command, cache_folder() / file)
+    except (OSError, RuntimeError) as error:  # no folder to write to, or no home
+        log.warning("kernels are built for this process alone (%s): FXSPARSE_CACHE_DIR names a folder for them", error)
+        return _found_or_built(source, command, _own_folder() / file)
+
+
+@functools.cache
+def _own_folder() -> Path:
+    """Removed when the process ends."""
+    folder = tempfile.mkdtemp(prefix="fxsparse-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
+def _found_or_built(source: Path, command: list[str], path: Path) -> ctypes.CDLL:
     if path.exists():
         try:
             return ctypes.CDLL(str(path))

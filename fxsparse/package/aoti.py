@@ -12,11 +12,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, fx
 
-from fxsparse.backend.inductor import options, with_memory
+from fxsparse.backend.inductor import failing_as, options, with_memory
+from fxsparse.backend.target import COMPILING
 from fxsparse.errors import InputError, PackageError, TargetError
 from fxsparse.ir.files import as_path, replacing
 from fxsparse.ir.graph import clone, is_ours, on_gpu
 from fxsparse.ir.inputs import Call, exported
+
+_INSTEAD = "A graph for one batch size needs dynamic_batch=False; module.save(path) compiles nothing."
 
 
 def check_suffix(path: str | os.PathLike[str], where: str) -> None:
@@ -36,7 +39,7 @@ def compile_aoti(
 ) -> None:
     """Compile `gm` into the package `path`, whole or not at all. An OSError passes through.
 
-    Raises TargetError for operators of ours on a GPU, whose kernels Python calls.
+    Raises TargetError for operators of ours on a GPU, whose kernels Python calls, and for what AOTInductor refuses.
 
     dynamic_batch  for any size of dimension 0, and not only the one of `call`
     """
@@ -48,13 +51,12 @@ def compile_aoti(
                           do="Compile with formats='dense' for it, or use module.save(path).")  # fmt: skip
     # compiled in a folder of its own: the archive's folder gets the file's name
     with torch.no_grad(), replacing(path) as name, tempfile.TemporaryDirectory() as folder:
-        name.touch()  # found out before the minutes of work rather than after
-        program = exported(with_memory(clone(gm)), call, dynamic_batch=dynamic_batch)
         configs = {**options(gm), "aot_inductor.metadata": metadata or {}}
         made = str(Path(folder) / "model.pt2")
-        shutil.copyfile(
-            torch._inductor.aoti_compile_and_package(program, package_path=made, inductor_configs=configs), name
-        )
+        with COMPILING, failing_as("AOTInductor package", _INSTEAD):
+            program = exported(with_memory(clone(gm)), call, dynamic_batch=dynamic_batch)
+            torch._inductor.aoti_compile_and_package(program, package_path=made, inductor_configs=configs)
+        shutil.copyfile(made, name)
 
 
 def load_native(code: bytes, folder: Path) -> Callable[..., Sequence[Tensor]]:

@@ -50,10 +50,7 @@ def write(path: str | os.PathLike[str], content: Mapping[str, Any], tensors: Map
     metadata["sha256"] = _whole(metadata)
     with replacing(path) as name:
         try:
-            name.touch()
-            mode = name.stat().st_mode  # save_file makes a file that only its owner can read
             save_file(stored, name, metadata)
-            name.chmod(mode)
         except SafetensorError as error:
             raise OSError(errno.EIO, str(error)) from None
 

@@ -27,6 +27,7 @@ from fxsparse.errors import PackageError
 from fxsparse.formats import BY_OPERATOR
 from fxsparse.ir.graph import get_tensor, owner
 from fxsparse.package.values import Json, cannot_save, decode, decode_spec, encode, encode_spec
+from fxsparse.rules import RULES
 
 _ARITHMETIC = "getitem add sub mul floordiv truediv mod neg pow eq ne lt le gt ge"
 _PYTHON: dict[str, Callable[..., Any]] = {
@@ -34,10 +35,17 @@ _PYTHON: dict[str, Callable[..., Any]] = {
     **{name: getattr(torch, name) for name in ("sym_int", "sym_float", "sym_max", "sym_min", "sym_not")},
 }
 _PYTHON_NAMES = {function: name for name, function in _PYTHON.items()}
-# Functional in name only: from_file opens one, _print prints, and these read memory by numbers that nothing checks.
+# Functional in name only, or trusting in sizes and numbers in their arguments: none is in a graph that is captured.
 _REFUSED = re.compile(
-    r"from_file|_print|_test_.*|as_strided.*|_unsafe_(masked_)?index.*|_sparse_.*_unsafe|_nested_view.*"
+    r"set|from_file|resize.*|empty.*|new_empty.*|as_strided.*|slice_inverse|segment_reduce|fractional_max_pool.*|"
+    r"native_.*|batch_norm_.*|.*(backward|forward|jvp).*|.*(sparse|nested|quantized|qparams).*|to_padded_tensor|"
+    r"(cudnn|fbgemm|miopen|mkldnn|mps)_.*|(linalg_)?lu_solve|linalg_ldl_solve|ctc_loss"
 )
+# Names with an underscore are torch's own business, other than these.
+_UNDERSCORED = re.compile(
+    r"__(and|lshift|or|rshift|xor)__|_assert_scalar|_conj|_log_softmax|_neg_view|_upsample_(bicubic|bilinear)2d_aa"
+)
+_ZEROED = {"empty_like": "zeros_like", "new_empty": "new_zeros"}  # what was in memory before is nobody's to read
 _OPERATOR = re.compile(r"(aten|fxsparse|python)::(\w+)(?:\.(\w+))?")
 
 
@@ -128,6 +136,7 @@ def _operator(name: str) -> Callable[..., Any]:
         if space == "python":
             target = None if overload else _PYTHON.get(base)
         else:
+            base = _ZEROED.get(base, base)
             target = getattr(getattr(getattr(torch.ops, space), base, None), overload or "default", None)
         if target is not None and (space == "python" or _functional(target, space, base)):
             return target
@@ -139,7 +148,9 @@ def _operator(name: str) -> Callable[..., Any]:
 def _functional(target: Any, space: str, base: str) -> bool:
     if not isinstance(target, OpOverload) or target._schema.is_mutable:
         return False
-    return target in BY_OPERATOR if space == "fxsparse" else _REFUSED.fullmatch(base) is None
+    if space == "fxsparse" or target in RULES:
+        return space == "aten" or target in BY_OPERATOR
+    return bool(_UNDERSCORED.fullmatch(base)) if base.startswith("_") else not _REFUSED.fullmatch(base)
 
 
 def _root(weights: Json, tensors: Mapping[str, Tensor]) -> nn.Module:
