@@ -358,6 +358,42 @@ def test_an_input_without_a_batch() -> None:
     torch.testing.assert_close(build(model, inputs=inputs, dynamic_batch=False)(*inputs), model(*inputs))
 
 
+def encoder() -> nn.TransformerEncoder:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+
+
+def padding(first: int) -> Tensor:
+    """Of three sequences of ten, the second one from `first` on."""
+    return (torch.arange(3) == 1)[:, None] & (torch.arange(10) >= first)
+
+
+def test_an_encoder_whose_padded_positions_are_zero_without_gradients() -> None:
+    """And the advice: then PyTorch computes what the graph does, whatever the padding."""
+    model, x = encoder(), torch.randn(3, 10, 16)
+    example = {"src": x, "src_key_padding_mask": padding(10)}
+    with refused(CaptureError, where="TransformerEncoder", expected="with and without gradients",
+                 got="use_nested_tensor=True", do="encoder.use_nested_tensor = False"):  # fmt: skip
+        build(model, inputs=example)
+    assert not model._forward_pre_hooks
+    assert torch.backends.mha.get_fastpath_enabled()
+    model.use_nested_tensor = False
+    fast = build(model, inputs=example)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x, src_key_padding_mask=padding(7)), model(x, src_key_padding_mask=padding(7)))
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=str)
+def test_a_causal_mask_that_is_an_input(options: dict[str, bool]) -> None:
+    """The graph looks at no mask, and the reference is no fused kernel, which gives other values under a random one."""
+    model, x = encoder(), torch.randn(3, 10, 16)
+    given = {"src": x, "mask": nn.Transformer.generate_square_subsequent_mask(10), **options}
+    fast = build(model, inputs=given, dynamic_batch=False)
+    detect = torch.nn.modules.transformer._detect_is_causal_mask
+    with torch.no_grad():
+        torch.testing.assert_close(fast(**given), model(**given))
+    assert detect(given["mask"], None, 10)
+
+
 @pytest.mark.parametrize("batch", [0, 1, 4])
 def test_a_model_with_everything_masked_is_a_constant_and_right(batch: int) -> None:
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()

@@ -37,6 +37,7 @@ def capture(
     """
     call = Call(args, dict(kwargs or {}))
     with _untouched(model):
+        _refuse_nested_tensors(model)
         program = _export(model, call, dynamic_batch)
         _refuse_side_effects(program, model)
     known = "check_guards" in inspect.signature(program.module).parameters
@@ -61,7 +62,7 @@ def masked_output(model: nn.Module, masks: Masks, call: Call) -> Any:
 
 @contextlib.contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module has its own attributes back, and these their contents.
+    """Evaluation mode and PyTorch's slow paths inside; afterwards every module has its own attributes back as they were.
 
     Tracing runs the model on fake tensors: torch.nn.utils.prune and weight_norm would leave theirs behind, a model's
     own caches would be full of them, and hooks that it adds to itself would be there twice.
@@ -71,10 +72,44 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         _remember(module.__dict__, contents)
     try:
         _evaluate(model)
-        yield
+        with _slow_paths():
+            yield
     finally:
         for container, before in contents.values():
             _restore(container, before)
+
+
+@contextlib.contextmanager
+def _slow_paths() -> Iterator[None]:
+    """nn.Transformer runs as torch.export traces it: without its fused layers, and with no look at a mask's values.
+
+    PyTorch looks whether a mask is the causal one, to leave it out then: applying it is the same function.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    detect = torch.nn.modules.transformer._detect_is_causal_mask
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch.nn.modules.transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        torch.nn.modules.transformer._detect_is_causal_mask = detect
+
+
+def _refuse_nested_tensors(model: nn.Module) -> None:
+    """Hooks that raise where PyTorch, without gradients, would give zeros at padded positions: `_untouched` drops them."""
+
+    def refuse(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(("src", "mask", "src_key_padding_mask"), args, strict=False)), **kwargs}
+        padded = given.get("src_key_padding_mask") is not None and given.get("mask") is None
+        if padded and getattr(encoder, "use_nested_tensor", False):
+            got = "use_nested_tensor=True: without gradients, PyTorch leaves padded positions out and gives zeros there"
+            raise _cannot(model, "an nn.TransformerEncoder that computes the same with and without gradients", got,
+                          "Set encoder.use_nested_tensor = False, or leave src_key_padding_mask out.")  # fmt: skip
+
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.register_forward_pre_hook(refuse, with_kwargs=True)
 
 
 def _remember(value: Any, contents: dict[int, tuple[Any, Any]]) -> None:
@@ -109,6 +144,8 @@ def _export(model: nn.Module, call: Call, dynamic_batch: bool) -> torch.export.E
             program = exported(model, call, dynamic_batch=dynamic_batch)
             flat: torch.export.ExportedProgram = program.run_decompositions({})
             return flat
+    except CaptureError:  # of our own hooks
+        raise
     except Exception as error:  # noqa: BLE001 - whatever torch.export raises becomes our error, with its text
         raise _explain(model, call, error, dynamic_batch) from None
 
