@@ -351,11 +351,28 @@ def test_a_model_for_one_batch_size_only() -> None:
         fast(x[:3])
 
 
+def test_a_model_for_one_batch_size_only_and_an_example_of_one_sample() -> None:
+    model, x = Function(lambda m, x: m.b(m.a(x) + m.a(x).expand(1, 8))), torch.randn(1, 5)
+    with refused(CaptureError, where="Function", expected="torch.export", got="expand", do="dynamic_batch=False"):
+        build(model, inputs=x)
+
+
 def test_an_input_without_a_batch() -> None:
-    model, inputs = Function(lambda m, x, scale: m.b(m.a(x) + scale)), (torch.randn(4, 5), torch.randn(8))
-    with refused(CaptureError, where="Function", expected="torch.export", got="", do="dynamic_batch=False"):
-        build(model, inputs=inputs)
-    torch.testing.assert_close(build(model, inputs=inputs, dynamic_batch=False)(*inputs), model(*inputs))
+    """Told by its size: the batch is that of the first tensor."""
+    model = Function(lambda m, x, scale: m.b(m.a(x) + scale))
+    fast = build(model, inputs=(torch.randn(4, 5), scale := torch.randn(8)))
+    for batch in (4, 1, 8):
+        x = torch.randn(batch, 5)
+        torch.testing.assert_close(fast(x, scale), model(x, scale))
+    with refused(InputError, where="SparseModule", expected="(8,) on cpu", got="(9,)", do="Compile again"):
+        fast(torch.randn(4, 5), torch.randn(9))
+
+
+def test_an_input_that_has_the_batch_s_size_by_chance() -> None:
+    model = Function(lambda m, x, scale: m.b(m.a(x) * scale))
+    fast = build(model, inputs=(torch.randn(1, 5), scale := torch.randn(1, 8)))
+    with refused(InputError, where="SparseModule", expected="one batch size", got="[1, 4]", do="of another batch size"):
+        fast(torch.randn(4, 5), scale)
 
 
 def encoder() -> nn.TransformerEncoder:

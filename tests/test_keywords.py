@@ -240,6 +240,28 @@ def test_a_bert_is_called_as_its_users_call_it() -> None:
     assert any(row.rows_removed == 16 for row in fast.report.rows)
 
 
+def test_positions_of_a_bert_have_no_batch(tmp_path: Path) -> None:
+    """Nor have they in a package, or in an ONNX file, which is verified at other batch sizes."""
+    pytest.importorskip("onnxscript")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    model = transformers.BertForSequenceClassification(config).eval()
+
+    def inputs(batch: int) -> dict[str, Tensor]:
+        return {"input_ids": torch.randint(50, (batch, 7)), "position_ids": torch.arange(7)[None].flip(1)}
+
+    fast = fxsparse.compile(model, None, "eager", example_inputs=inputs(2), measure=False)
+    fast.save(path := tmp_path / "bert.fxs")
+    loaded = fxsparse.load(path)
+    fxsparse.export_onnx(loaded, tmp_path / "bert.onnx")
+    for f in (fast, loaded):
+        for given in map(inputs, (2, 1, 5)):
+            with torch.no_grad():
+                torch.testing.assert_close(f(**given).logits, model(**given).logits)
+
+
 class ByPlace(Gated):
     def forward(self, x: Tensor, y: Tensor | None = None, gate: Tensor | None = None, /) -> Tensor:  # type: ignore[override]
         return super().forward(x, y, gate)

@@ -31,7 +31,7 @@ def capture(
 ) -> fx.GraphModule:
     """The graph of `model` with every masked weight set to zero. The model itself is not touched.
 
-    args, kwargs   example inputs; tensors have the batch in dimension 0
+    args, kwargs   example inputs; the batch is dimension 0 of the first tensor, and of others where that is as large
     dynamic_batch  leave that dimension symbolic
     Raises CaptureError when torch.export cannot follow the model, InputError when the inputs do not fit it.
     """
@@ -48,7 +48,7 @@ def capture(
     _refuse_random(gm, model)
     _own(gm)
     _apply(gm, masks, model)
-    _run_once(gm, model, call, dynamic_batch)
+    _run_once(gm, model, call)
     return gm
 
 
@@ -62,7 +62,7 @@ def masked_output(model: nn.Module, masks: Masks, call: Call) -> Any:
 
 @contextlib.contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and PyTorch's slow paths inside; afterwards every module has its own attributes back as they were.
+    """Evaluation mode and slow paths inside; afterwards every module has its own attributes back, and their contents.
 
     Tracing runs the model on fake tensors: torch.nn.utils.prune and weight_norm would leave theirs behind, a model's
     own caches would be full of them, and hooks that it adds to itself would be there twice.
@@ -97,7 +97,7 @@ def _slow_paths() -> Iterator[None]:
 
 
 def _refuse_nested_tensors(model: nn.Module) -> None:
-    """Hooks that raise where PyTorch, without gradients, would give zeros at padded positions: `_untouched` drops them."""
+    """Hooks, dropped by `_untouched`, that raise where PyTorch without gradients gives zeros at padded positions."""
 
     def refuse(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(("src", "mask", "src_key_padding_mask"), args, strict=False)), **kwargs}
@@ -168,12 +168,20 @@ def _explain(model: nn.Module, call: Call, error: Exception, dynamic_batch: bool
         "Rewrite the part named above without data-dependent Python, compile the submodules that export, or use "
         "torch.compile(model, backend='fxsparse'), which compiles what it can follow."
     )
-    # the last two: its own check of sizes fails for tensors in **kwargs, in torch 2.11 in other words
-    hints = ("batch", ".size()[0]", ".shape[0]", "name 'L' is not defined", "Must provide a tree_name")
-    if dynamic_batch and any(hint in str(error) for hint in hints):
-        advice = "If the model only works at one batch size, pass dynamic_batch=False. " + advice
+    if dynamic_batch and _exports(model, call):
+        advice = "It can at one batch size: pass dynamic_batch=False. For any, see what the error says of sizes."
     got = first_line(error)
     return _cannot(model, "a model that torch.export can follow (strict=False)", got, advice)
+
+
+def _exports(model: nn.Module, call: Call) -> bool:
+    """Whether torch.export can follow the model at the example's sizes."""
+    try:
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+            exported(model, call, dynamic_batch=False)
+    except Exception:  # noqa: BLE001 - as in `_export`
+        return False
+    return True
 
 
 def _cannot(model: nn.Module, expected: str, got: str, do: str) -> CaptureError:
@@ -212,14 +220,14 @@ def _refuse_random(gm: fx.GraphModule, model: nn.Module) -> None:
             )
 
 
-def _run_once(gm: fx.GraphModule, model: nn.Module, call: Call, dynamic_batch: bool) -> None:
+def _run_once(gm: fx.GraphModule, model: nn.Module, call: Call) -> None:
     """Fake tensors let some wrong dtypes pass that the kernels refuse."""
     try:
         with torch.no_grad():
             gm(*call.args, **call.kwargs)
     except Exception as error:  # noqa: BLE001 - whatever the model's operators raise
         with _untouched(model):
-            explained = _explain(model, call, error, dynamic_batch)
+            explained = _explain(model, call, error, dynamic_batch=False)
         raise explained from None
 
 
