@@ -168,7 +168,9 @@ def _explain(model: nn.Module, call: Call, error: Exception, dynamic_batch: bool
         "Rewrite the part named above without data-dependent Python, compile the submodules that export, or use "
         "torch.compile(model, backend='fxsparse'), which compiles what it can follow."
     )
-    if dynamic_batch and _exports(model, call):
+    if "transformers.cache_utils" in str(error):
+        advice = 'A cache is no tensor: set model.config.use_cache = False, or give "use_cache": False by name.'
+    elif dynamic_batch and _exports(model, call):
         advice = "It can at one batch size: pass dynamic_batch=False. For any, see what the error says of sizes."
     got = first_line(error)
     return _cannot(model, "a model that torch.export can follow (strict=False)", got, advice)
