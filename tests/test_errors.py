@@ -73,9 +73,7 @@ def test_a_mask_for_an_unknown_parameter() -> None:
 
 
 def test_a_mask_of_the_wrong_shape() -> None:
-    with refused(
-        MaskError, where="'0.weight'", expected="(8, 5)", got="(5, 8)", do="mask[:, None].expand_as(weight)."
-    ):
+    with refused(MaskError, where="'0.weight'", expected="(8, 5)", got="(5, 8)", do="mask[:, None].expand_as(weight)."):
         build(masks={"0.weight": torch.ones(5, 8)})
 
 
