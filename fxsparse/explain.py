@@ -73,7 +73,7 @@ def with_formats(rows: Iterable[Row], layers: Iterable[Layer], plan: Plan) -> li
     for d in sorted((d for d in plan.refused if d.step == "choose_formats" and d.why != NO_ZEROS), key=_best_first):
         refused.setdefault(d.where, f"{d.data['format']}: {d.why}" if "sparse_us" in d.data else d.why)
     return [
-        _stored(row, layer, chosen[layer.node]) if layer.node in chosen
+        _stored(row, chosen[layer.node]) if layer.node in chosen
         else dataclasses.replace(row, dense_for=refused.get(_stored_name(layer), ""))
         for row, layer in zip(rows, layers, strict=True)
     ]  # fmt: skip
@@ -103,7 +103,7 @@ def without_a_row(gm: fx.GraphModule, rows: Iterable[Row], masks: Masks, plan: P
     ))  # fmt: skip
 
 
-def _stored(row: Row, layer: Layer, data: Mapping[str, Any]) -> Row:
+def _stored(row: Row, data: Mapping[str, Any]) -> Row:
     nse = data["packed"].nse
     return dataclasses.replace(
         row,

@@ -24,6 +24,7 @@ from fxsparse.ir.decision import Decision
 from fxsparse.ir.files import whole_file, writable, writing
 from fxsparse.ir.graph import flat
 from fxsparse.ir.inputs import batch_size
+from fxsparse.ir.symbols import concrete
 from fxsparse.module import SparseModule
 from fxsparse.verify import check, probed
 
@@ -108,7 +109,7 @@ def verify_onnx(gm: fx.GraphModule, model: OnnxModel, example: Sequence[object])
     session, found, plain = OnnxSession(model), {}, flat(gm)
     own = batch_size(example)
     for batch in dict.fromkeys((own, *BATCHES)) if model.dynamic else (own,):
-        shapes = [[batch, *x.shape[1:]] if isinstance(x, Tensor) and x.dim() else [] for x in example]
+        shapes = [concrete(node, batch) for node in gm.graph.find_nodes(op="placeholder")]
         ref = probed(plain, example, shapes if model.dynamic else None, seed=batch)
         exact = [y.cpu() if isinstance(y, Tensor) else y for y in ref.exact]
         found[batch] = check(session(*ref.inputs), replace(ref, exact=tuple(exact)), f"ONNX file at batch {batch}",

@@ -24,7 +24,7 @@ from fxsparse.backend.target import COMPILING, Runnable
 from fxsparse.errors import InputError, TargetError
 from fxsparse.ir.files import writing
 from fxsparse.ir.graph import flat
-from fxsparse.ir.inputs import LAYOUTS, Call, Prepare, as_is, device_of, same_constant
+from fxsparse.ir.inputs import LAYOUTS, Call, Prepare, as_is, device_of, in_batch, same_constant
 from fxsparse.ir.shapes import propagate
 from fxsparse.ir.version import VERSION
 from fxsparse.package import Saved, write
@@ -32,6 +32,11 @@ from fxsparse.package.aoti import check_suffix, compile_aoti, machine
 from fxsparse.report import Report
 
 log = logging.getLogger("fxsparse")
+_AGAIN = "Compile again with example_inputs of the new shape and dtype; one SparseModule serves one signature."
+_NO_BATCH = (
+    "An input without a batch is told by its size: compile with an example of another batch size than its dimension 0, "
+    "or with dynamic_batch=False."
+)
 
 
 @dataclass
@@ -64,6 +69,7 @@ class Build:
         self.prepared = self.prepare(self.example)
         args, kwargs = self.in_spec.children()
         self.plain = not kwargs.children() and all(child.is_leaf() for child in args.children())
+        self.varies = [self.dynamic_batch and varies for varies in in_batch(self.example)]
         self.storages = {b.untyped_storage().data_ptr() for b in self.gm.buffers() if b.numel()}
 
 
@@ -73,8 +79,9 @@ class SparseModule(nn.Module):
     report        what was done to every weight and what it gained
     graph_module  the rewritten graph, an ordinary fx.GraphModule that runs anywhere
 
-    Inputs have the shapes and dtypes it was compiled for; with `dynamic_batch` dimension 0 is free. The example's batch
-    size runs code made for it; the first other one makes code for any batch (once, a few seconds).
+    Inputs have the shapes and dtypes it was compiled for; with `dynamic_batch` the batch is free: dimension 0 of the
+    first tensor, and of the others that have as many there; the rest keep their sizes. The example's batch size runs
+    code made for it; the first other one makes code for any batch (once, a few seconds).
     Without example inputs it is compiled at the first call, from the model as it is then.
     """
 
@@ -136,10 +143,12 @@ class SparseModule(nn.Module):
         try:
             return build.in_spec.flatten_up_to(tuple(call.like(self.example, build.signature)))
         except TypeError as error:
-            raise _misfit(", ".join(wanted), str(error)) from None
+            got = str(error).removeprefix("got ")
+            raise _misfit(", ".join(wanted), got, do=_as_compiled(self.example, wanted)) from None
         except ValueError as error:
             if given != wanted:
-                raise _misfit(", ".join(wanted), ", ".join(given)) from None
+                do = _as_compiled(self.example, wanted, given)
+                raise _misfit(", ".join(wanted), ", ".join(given), do=do) from None
             raise _misfit("inputs in the form of example_inputs", str(error)) from None
 
     def train(self, mode: bool = True) -> SparseModule:
@@ -281,22 +290,31 @@ def _made(inputs: tuple[Any, ...]) -> Build:
 def _check_inputs(build: Build, inputs: Sequence[Any]) -> bool:
     """True when the inputs have the example's batch size. Raises InputError when they do not fit otherwise."""
     same, batches = True, set()
-    for x, example in zip(inputs, build.example, strict=True):
+    for i, (x, example, varies) in enumerate(zip(inputs, build.example, build.varies, strict=True)):
         if not isinstance(example, Tensor):
             if not same_constant(x, example):
-                raise _misfit(f"{example!r}, as in example_inputs", repr(x))
+                raise _misfit(f"{example!r}, as in example_inputs", repr(x), _where(build, i))
             continue
         if not isinstance(x, Tensor) or _kind(x) != _kind(example):
-            raise _misfit(_describe(example), _describe(x))
-        if build.dynamic_batch and x.dim():
-            batches.add(x.shape[0])
+            raise _misfit(_describe(example), _describe(x), _where(build, i))
         if x.shape != example.shape:
-            if not build.dynamic_batch or x.dim() != example.dim() or x.shape[1:] != example.shape[1:]:
-                raise _misfit(_describe(example) + (", any batch size" if build.dynamic_batch else ""), _describe(x))
+            if not varies or x.dim() != example.dim() or x.shape[1:] != example.shape[1:]:
+                expected = _describe(example) + (", any batch size" if varies else "")
+                raise _misfit(expected, _describe(x), _where(build, i))
             same = False
-    if len(batches) > 1:  # every dimension 0 of the example is the batch: code for one would read past the other
-        raise _misfit("one batch size in all inputs", f"batch sizes {sorted(batches)}")
+        if varies:
+            batches.add(x.shape[0])
+    if len(batches) > 1:  # code for one would read past the other
+        raise _misfit("one batch size in all inputs", f"batch sizes {sorted(batches)}", do=_NO_BATCH)
     return same
+
+
+def _where(build: Build, index: int) -> str:
+    """What the model's signature calls the argument that holds this leaf of the flattened inputs."""
+    example = Call(*pytree.tree_unflatten(build.example, build.in_spec))
+    values = zip(example.names(build.signature), [*example.args, *example.kwargs.values()], strict=True)
+    name = [name for name, value in values for _ in pytree.tree_leaves(value)][index]
+    return name if name.startswith("input ") else f"input {name!r}"
 
 
 def _kind(x: Tensor) -> tuple[object, ...]:
@@ -334,9 +352,16 @@ def _unaliased(y: Any, build: Build, inputs: Sequence[Any]) -> Any:
     return y.clone() if shared else y
 
 
-def _misfit(expected: str, got: str) -> InputError:
-    do = "Compile again with example_inputs of the new shape and dtype; one SparseModule serves one signature."
-    return InputError("input of a SparseModule", expected=expected, got=got, do=do)
+def _misfit(expected: str, got: str, where: str = "input", do: str = _AGAIN) -> InputError:
+    return InputError(f"{where} of a SparseModule", expected=expected, got=got, do=do)
+
+
+def _as_compiled(example: Call, wanted: Sequence[str], given: Sequence[str] | None = None) -> str:
+    """The advice to write a call as `example` was; with the names in `given`, which are missing and which too many."""
+    form = ", ".join([*wanted[: len(example.args)], *(f"{name}=..." for name in example.kwargs)])
+    missing, extra = ([n for n in a if n not in b] for a, b in ((wanted, given or wanted), (given or wanted, wanted)))
+    parts = [f"{what}: {', '.join(names)}." for what, names in (("Missing", missing), ("Not expected", extra)) if names]
+    return " ".join([*parts, f"Call it as it was compiled, ({form}), or compile again with other example_inputs."])
 
 
 def _describe(x: Any) -> str:

@@ -32,7 +32,7 @@ def picture(mask: Tensor, kept_rows: Sequence[int] | None = None, kept_columns: 
     blue, orange = kept.sqrt(), 0.3 * gone + 0.6 * lost.sqrt()  # the root keeps a density of 0.1 visible
     alpha = (blue + orange).clamp(max=1)
     share = (blue / (blue + orange).clamp(min=1e-9))[..., None]
-    color = share * torch.tensor(_KEPT) + (1 - share) * torch.tensor(_REMOVED)
+    color = share * share.new_tensor(_KEPT) + (1 - share) * share.new_tensor(_REMOVED)
     levels = (alpha * 32).round() / 32  # few levels compress well
     return torch.cat([color, 255 * levels[..., None]], dim=2).round().to(torch.uint8)
 
@@ -40,8 +40,8 @@ def picture(mask: Tensor, kept_rows: Sequence[int] | None = None, kept_columns: 
 def _gone(kept: Sequence[int] | None, n: int) -> Tensor:
     # A grouped convolution may number its columns by input channel, which its weight does not.
     if kept is None or any(i >= n for i in kept):
-        return torch.zeros(n, dtype=torch.bool)
-    gone = torch.ones(n, dtype=torch.bool)
+        return torch.zeros(n, dtype=torch.bool, device="cpu")
+    gone = torch.ones(n, dtype=torch.bool, device="cpu")
     gone[list(kept)] = False
     return gone
 
@@ -64,7 +64,7 @@ def data_uri(pixels: Tensor) -> str:
 def png(pixels: Tensor) -> bytes:
     """Encode [h, w, 4] uint8 RGBA as a PNG: https://www.w3.org/TR/png-3/."""
     height, width = pixels.shape[:2]
-    lines = torch.cat([torch.zeros(height, 1, dtype=torch.uint8), pixels.flatten(1)], dim=1)  # filter type 0 first
+    lines = torch.cat([pixels.new_zeros(height, 1), pixels.flatten(1)], dim=1)  # filter type 0 first
     header = struct.pack(">IIBBBBB", width, height, 8, 6, 0, 0, 0)  # 8 bits, RGBA
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines.numpy().tobytes(), 9)), (b"IEND", b""))
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(kind, data) for kind, data in chunks)

@@ -31,7 +31,7 @@ FOLDABLE = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.
 
 def plan(gm: fx.GraphModule, ctx: Context) -> list[Decision]:
     """One decision per batch norm."""
-    return [_decide(gm, node) for node in call_nodes(gm, aten.batch_norm.default)]
+    return [_decide(node) for node in call_nodes(gm, aten.batch_norm.default)]
 
 
 def apply(gm: fx.GraphModule, decision: Decision) -> None:
@@ -51,8 +51,8 @@ def apply(gm: fx.GraphModule, decision: Decision) -> None:
     gm.graph.erase_node(norm)
 
 
-def _decide(gm: fx.GraphModule, norm: fx.Node) -> Decision:
-    why = _why_not(gm, norm)
+def _decide(norm: fx.Node) -> Decision:
+    why = _why_not(norm)
     if why:
         return Decision("fold_batch_norm", owner(norm), "fold batch norm", why, accepted=False)
     producer = cast(fx.Node, norm.args[0])
@@ -62,7 +62,7 @@ def _decide(gm: fx.GraphModule, norm: fx.Node) -> Decision:
     )  # fmt: skip
 
 
-def _why_not(gm: fx.GraphModule, norm: fx.Node) -> str:
+def _why_not(norm: fx.Node) -> str:
     producer = cast(fx.Node, norm.args[0])
     if producer.target not in FOLDABLE:
         return f"its input is {operator_name(producer)}, not a convolution"

@@ -63,6 +63,18 @@ def test_the_architecture_s_table_of_layers_is_the_committed_rows() -> None:
     assert shown == layers.table(tables.load_rows("layers")).strip()
 
 
+def test_a_row_s_command_has_every_argument_that_is_not_the_default() -> None:
+    flags = ["--model", "m", "--side", "64", "--seconds", "3.0", "--no-slim", "--entrance"]
+    arguments = bench._parser().parse_args([*flags, "--out", "rows.jsonl"])
+    assert bench.command(arguments) == " ".join(["python -m tools.bench", *flags])
+
+
+def test_rows_of_another_side_are_other_cases_and_old_rows_have_the_default() -> None:
+    case = dict.fromkeys(("machine", *tables.CASE), 0)
+    old = {key: value for key, value in case.items() if key != "side"}
+    assert tables.newest([old, case, {**case, "side": 64}]) == [case, {**case, "side": 64}]
+
+
 def test_the_matrix_names_every_case_that_is_slower_than_dense() -> None:
     rows = tables.load_rows("matrix")
     slower = [r for r in rows if r["speedup"] < 0.98]

@@ -1,6 +1,7 @@
 """torch.compile(model, backend="fxsparse"): the same result as `compile`, whatever TorchDynamo does around it."""
 
 import copy
+import gc
 import logging
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import tomllib
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -623,7 +625,10 @@ def test_a_model_that_is_gone_is_forgotten() -> None:
         model = Net()
         with torch.no_grad():
             agree(torch.compile(model, backend="fxsparse", options=options)(X), exact(model, {}, X))
+        gone = weakref.ref(model)
         del model
+        gc.collect()
+        assert gone() is None
 
 
 # training, modes, threads
@@ -791,13 +796,14 @@ class Times(nn.Module):
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-def test_a_number_that_changes_leaves_the_graph_dense(dynamic: bool | None) -> None:
+def test_a_number_that_changes_leaves_the_graph_dense(dynamic: bool | None, caplog: pytest.LogCaptureFixture) -> None:
     model = Times(lambda y, k: y * k).eval()
     compiled = torch.compile(model, backend="fxsparse", options=QUICK, dynamic=dynamic)
     x = torch.randn(2, 16)
     for k in (2, 3, 4):
         with torch.no_grad():
             agree(compiled(x, k), model(x, k))
+    assert caplog.text.count("stays dense: it computes with the number") == 1
 
 
 def test_sizes_and_values_that_depend_on_data_leave_the_graph_dense(caplog: pytest.LogCaptureFixture) -> None:

@@ -74,7 +74,7 @@ def test_a_mask_for_an_unknown_parameter() -> None:
 
 
 def test_a_mask_of_the_wrong_shape() -> None:
-    with refused(MaskError, where="'0.weight'", expected="(8, 5)", got="(5, 8)", do="expand_as"):
+    with refused(MaskError, where="'0.weight'", expected="(8, 5)", got="(5, 8)", do="mask[:, None].expand_as(weight)."):
         build(masks={"0.weight": torch.ones(5, 8)})
 
 
@@ -375,11 +375,64 @@ def test_a_model_for_one_batch_size_only() -> None:
         fast(x[:3])
 
 
+def test_a_model_for_one_batch_size_only_and_an_example_of_one_sample() -> None:
+    model, x = Function(lambda m, x: m.b(m.a(x) + m.a(x).expand(1, 8))), torch.randn(1, 5)
+    with refused(CaptureError, where="Function", expected="torch.export", got="expand", do="dynamic_batch=False"):
+        build(model, inputs=x)
+
+
 def test_an_input_without_a_batch() -> None:
-    model, inputs = Function(lambda m, x, scale: m.b(m.a(x) + scale)), (torch.randn(4, 5), torch.randn(8))
-    with refused(CaptureError, where="Function", expected="torch.export", got="", do="dynamic_batch=False"):
-        build(model, inputs=inputs)
-    torch.testing.assert_close(build(model, inputs=inputs, dynamic_batch=False)(*inputs), model(*inputs))
+    """Told by its size: the batch is that of the first tensor."""
+    model = Function(lambda m, x, scale: m.b(m.a(x) + scale))
+    fast = build(model, inputs=(torch.randn(4, 5), scale := torch.randn(8)))
+    for batch in (4, 1, 8):
+        x = torch.randn(batch, 5)
+        torch.testing.assert_close(fast(x, scale), model(x, scale))
+    with refused(InputError, where="SparseModule", expected="(8,) on cpu", got="(9,)", do="Compile again"):
+        fast(torch.randn(4, 5), torch.randn(9))
+
+
+def test_an_input_that_has_the_batch_s_size_by_chance() -> None:
+    model = Function(lambda m, x, scale: m.b(m.a(x) * scale))
+    fast = build(model, inputs=(torch.randn(1, 5), scale := torch.randn(1, 8)))
+    with refused(InputError, where="SparseModule", expected="one batch size", got="[1, 4]", do="of another batch size"):
+        fast(torch.randn(4, 5), scale)
+
+
+def encoder() -> nn.TransformerEncoder:
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+
+
+def padding(first: int) -> Tensor:
+    """Of three sequences of ten, the second one from `first` on."""
+    return (torch.arange(3) == 1)[:, None] & (torch.arange(10) >= first)
+
+
+def test_an_encoder_whose_padded_positions_are_zero_without_gradients() -> None:
+    """And the advice: then PyTorch computes what the graph does, whatever the padding."""
+    model, x = encoder(), torch.randn(3, 10, 16)
+    example = {"src": x, "src_key_padding_mask": padding(10)}
+    with refused(CaptureError, where="TransformerEncoder", expected="with and without gradients",
+                 got="use_nested_tensor=True", do="encoder.use_nested_tensor = False"):  # fmt: skip
+        build(model, inputs=example)
+    assert not model._forward_pre_hooks
+    assert torch.backends.mha.get_fastpath_enabled()
+    model.use_nested_tensor = False
+    fast = build(model, inputs=example)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x, src_key_padding_mask=padding(7)), model(x, src_key_padding_mask=padding(7)))
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}], ids=str)
+def test_a_causal_mask_that_is_an_input(options: dict[str, bool]) -> None:
+    """The graph looks at no mask, and the reference is no fused kernel, which gives other values under a random one."""
+    model, x = encoder(), torch.randn(3, 10, 16)
+    given = {"src": x, "mask": nn.Transformer.generate_square_subsequent_mask(10), **options}
+    fast = build(model, inputs=given, dynamic_batch=False)
+    detect = torch.nn.modules.transformer._detect_is_causal_mask
+    with torch.no_grad():
+        torch.testing.assert_close(fast(**given), model(**given))
+    assert detect(given["mask"], None, 10)
 
 
 @pytest.mark.parametrize("batch", [0, 1, 4])

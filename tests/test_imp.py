@@ -118,6 +118,15 @@ def test_after_the_block_the_model_trains_freely_again() -> None:
     assert not model[0].weight._backward_hooks
 
 
+def test_masks_are_looked_at_once_and_not_after_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, checked = network(), []
+    check = Masks.check
+    monkeypatch.setattr(Masks, "check", lambda self, model: checked.append(model) or check(self, model))
+    with masked(model, random(prunable(model), 0.4, seed=1)):
+        one_epoch(model, OPTIMIZERS["sgd"](model), 0)
+    assert len(checked) == 1
+
+
 def test_other_models_train_freely_meanwhile() -> None:
     model, other = network(), network()
     with masked(model, random(prunable(model), 0.4, seed=1)):

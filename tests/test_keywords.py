@@ -103,7 +103,7 @@ def test_a_constant_by_name_is_part_of_the_function() -> None:
     fast = build(Gated(), {"x": X, "scale": -2.0})
     same(fast(X, scale=-2.0), exact(Gated(), X, scale=-2.0))
     for wrong in ({}, {"scale": 2.0}):
-        with pytest.raises(InputError, match="input of a SparseModule"):
+        with pytest.raises(InputError, match="of a SparseModule"):
             fast(X, **wrong)
 
 
@@ -131,7 +131,7 @@ def test_any_number_by_position_and_one_by_name() -> None:
         (lambda f: f(X), "got x."),
         (lambda f: f(X, gate=Y), "got x, gate."),
         (lambda f: f(X, Y, GATE), "got x, y, gate."),
-        (lambda f: f(X, z=Y), "got got an unexpected keyword argument 'z'."),
+        (lambda f: f(X, z=Y), "got an unexpected keyword argument 'z'."),
         (lambda f: f(X, x=X), "got multiple values for argument 'x'."),
         (lambda f: f(X, Y, Y, Y), "got too many positional arguments."),
         (lambda f: f(), "got missing a required argument: 'x'."),
@@ -142,6 +142,27 @@ def test_other_inputs_are_refused_by_their_names(call: Callable[[Any], Tensor], 
     with pytest.raises(InputError, match="input of a SparseModule: expected x, y; got") as caught:
         call(fast)
     assert got in str(caught.value)
+    assert "Call it as it was compiled, (x=..., y=...), or" in caught.value.do
+
+
+def test_what_is_missing_or_too_much_is_said() -> None:
+    fast = build(Anything(), {"x": X, "y": Y}, dynamic_batch=False)
+    with pytest.raises(InputError, match=r"Missing: y. Not expected: gate. Call it as it was .*, \(x=..., y=...\)"):
+        fast(x=X, gate=GATE)
+    with pytest.raises(InputError, match=r"got x, y, gate.\n  Not expected: gate."):
+        fast(x=X, y=Y, gate=GATE)
+
+
+def test_an_input_of_another_shape_or_dtype_is_named() -> None:
+    for fast in (build(Gated(), (X, Y)), build(Gated(), {"x": X, "y": Y})):
+        with pytest.raises(InputError, match=r"^input 'y' of a SparseModule: expected .*2, 5.*; got .*2, 4"):
+            fast(X, Y[:, 1:])
+    fast = build(Several(), None)
+    fast(X, Y, gate=GATE)
+    with pytest.raises(InputError, match=r"^input 2 of a SparseModule: .*float32"):
+        fast(X, Y.float(), gate=GATE)
+    with pytest.raises(InputError, match=r"^input 'gate' of a SparseModule: .*NoneType"):
+        fast(X, Y, gate=None)
 
 
 @pytest.mark.parametrize(
@@ -240,6 +261,43 @@ def test_a_bert_is_called_as_its_users_call_it() -> None:
     assert any(row.rows_removed == 16 for row in fast.report.rows)
 
 
+def test_positions_of_a_bert_have_no_batch(tmp_path: Path) -> None:
+    """Nor have they in a package, or in an ONNX file, which is verified at other batch sizes."""
+    pytest.importorskip("onnxscript")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    model = transformers.BertForSequenceClassification(config).eval()
+
+    def inputs(batch: int) -> dict[str, Tensor]:
+        return {"input_ids": torch.randint(50, (batch, 7)), "position_ids": torch.arange(7)[None].flip(1)}
+
+    fast = fxsparse.compile(model, None, "eager", example_inputs=inputs(2), measure=False)
+    fast.save(path := tmp_path / "bert.fxs")
+    loaded = fxsparse.load(path)
+    fxsparse.export_onnx(loaded, tmp_path / "bert.onnx")
+    for f in (fast, loaded):
+        for given in map(inputs, (2, 1, 5)):
+            with torch.no_grad():
+                torch.testing.assert_close(f(**given).logits, model(**given).logits)
+
+
+def test_a_decoder_that_returns_its_cache() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=8, bos_token_id=0, eos_token_id=0
+    )
+    model, ids = transformers.GPT2LMHeadModel(config).eval(), torch.randint(50, (2, 7))
+    compile = functools.partial(fxsparse.compile, model, None, "eager", measure=False)
+    with pytest.raises(CaptureError, match=r"set model.config.use_cache = False"):
+        compile(example_inputs={"input_ids": ids})
+    assert compile(example_inputs={"input_ids": ids, "use_cache": False}).example.kwargs["use_cache"] is False
+    model.config.use_cache = False
+    with torch.no_grad():
+        torch.testing.assert_close(compile(example_inputs={"input_ids": ids})(input_ids=ids).logits, model(ids).logits)
+
+
 class ByPlace(Gated):
     def forward(self, x: Tensor, y: Tensor | None = None, gate: Tensor | None = None, /) -> Tensor:  # type: ignore[override]
         return super().forward(x, y, gate)
@@ -285,7 +343,7 @@ def test_hooks_see_the_call_as_it_was_written() -> None:
     same(by_name(x=X, y=Y), wanted[0])
     same(by_place(X, Y), wanted[1])
     for refused in (lambda: by_name(X, Y), lambda: by_place(x=X, y=Y)):
-        with pytest.raises(InputError, match="input of a SparseModule"):
+        with pytest.raises(InputError, match="of a SparseModule"):
             refused()
 
 

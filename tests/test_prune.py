@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from fxsparse import coarsen
 from fxsparse.errors import InputError, MaskError
 from fxsparse.ir.masks import Masks
+from fxsparse.picture import picture
 from fxsparse.prune import magnitude, prunable, random
 
 
@@ -201,3 +203,31 @@ def test_prunable_names_a_tied_weight_once_and_a_pruned_one_as_torch_does() -> N
     prune.random_unstructured(model.stem, "weight", 0.5)
     assert list(prunable(model)) == ["stem.weight_orig", "body.0.weight", "body.2.weight", "hidden.weight"]
     Masks({name: torch.ones_like(w) for name, w in prunable(model).items()}).check(model)
+
+
+@pytest.mark.parametrize(("dtype", "device"), [(torch.float64, "cpu"), (torch.float32, "meta")], ids=str)
+def test_the_caller_s_default_dtype_and_device_are_no_part_of_the_result(dtype: torch.dtype, device: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3), nn.BatchNorm2d(16), nn.Flatten()).eval()
+    weights, x = {n: p.detach() for n, p in model.named_parameters() if p.dim() > 1}, torch.randn(2, 3, 8, 8)
+
+    def made() -> list[dict[str, Tensor]]:
+        masks = random(weights, 0.3, seed=0)
+        ways = (
+            coarsen.refill(weights, masks), coarsen.regroup(weights, masks),
+            coarsen.partition(weights, masks, group_rows=4), coarsen.shuffled_block(weights, masks, block=4),
+        )  # fmt: skip
+        return [
+            dict(masks), *(dict(found.masks) for found in ways), dict(coarsen.with_batch_norm(model, ways[0].masks)),
+            coarsen.channel_features(model, masks, [x], "feature_l1"),
+            {"picture": picture(masks["1.weight"], [0, 1], [0])},
+            {name: torch.empty(0, device="cpu") for group in coarsen.coupled_weights(model, (x,)) for name in group},
+        ]  # fmt: skip
+
+    wanted = made()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            found = made()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)

@@ -98,6 +98,26 @@ def test_statistics_and_counters_are_no_masks(tmp_path: Path) -> None:
     assert list(fxsparse.read(tmp_path / "m.pt").masks) == ["0.weight"]
 
 
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_zeros_of_a_buffer_are_no_mask_and_a_mask_that_is_given_for_one_is_refused(tmp_path: Path, prefix: str) -> None:
+    model = net().eval()
+    model.register_buffer("table", torch.eye(3))
+    with torch.no_grad():
+        model[3].weight[:4] = 0
+    torch.save({prefix + name: t for name, t in model.state_dict().items()}, path := tmp_path / "table.pt")
+    found = fxsparse.read(path).masks
+    assert set(found) == {prefix + "3.weight", prefix + "table"}
+    assert set(found.check(model)) == {"3.weight"}
+    x = torch.randn(2, 4, 4, 4)
+    fast = fxsparse.compile(model, str(path), "eager", example_inputs=x, measure=False)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), model(x))
+    with pytest.raises(MaskError, match="mask for 'table'"):
+        fxsparse.compile(model, {"table": torch.eye(3)})
+    with pytest.raises(MaskError, match=r"mask for .*table'"):
+        found.check(net())
+
+
 def test_masks_of_nni(tmp_path: Path) -> None:
     weight, bias = torch.rand(8, 4, 3, 3) < 0.5, torch.rand(16) < 0.5
     masks = {"0": {"weight": weight.float(), "bias": None},

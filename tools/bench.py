@@ -16,6 +16,7 @@ import argparse
 import json
 import logging
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -237,16 +238,23 @@ def _mispredicted(report: fxsparse.Report) -> list[str]:
 
 def _provenance(arguments: argparse.Namespace) -> dict[str, Any]:
     cuda = arguments.device.startswith("cuda")
-    command = f"python -m tools.bench --model {arguments.model} --recipe {arguments.recipe}"
-    command += f" --sparsity {arguments.sparsity} --rows {arguments.rows} --batch {arguments.batch}"
-    command += f" --threads {arguments.threads} --target {arguments.target}" + " --entrance" * arguments.entrance
     return {
         "machine": torch.cuda.get_device_name() if cuda else f"{cpu_name()}, {platform.machine()}",
         "versions": {"torch": torch.__version__, "python": platform.python_version(), "fxsparse": fxsparse.__version__},
         "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""),
         "date": date.today().isoformat(),
-        "command": command + f" --dtype {arguments.dtype} --device {arguments.device}",
+        "command": command(arguments),
     }
+
+
+def command(arguments: argparse.Namespace) -> str:
+    """What measures the case again: every argument that is not the default, but for where the row goes."""
+    words = ["python", "-m", "tools.bench"]
+    for action in _parser()._actions:
+        value = getattr(arguments, action.dest, action.default)
+        if value != action.default and action.dest != "out":
+            words += [action.option_strings[0], *[str(value)] * (action.nargs != 0)]
+    return shlex.join(words)
 
 
 def git(*words: str) -> str:

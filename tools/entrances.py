@@ -18,8 +18,6 @@ def through_torch_compile(
     model: nn.Module, masks: fxsparse.Masks, inputs: Inputs, target: str, fast: fxsparse.SparseModule
 ) -> dict[str, Callable[[], object]]:
     """`torch.compile`: our back end. `torch.compile alone`: TorchDynamo around `fast`, whatever it hands over."""
-    masked = copy.deepcopy(model)
-    masks.apply_(masked)
     graphs: list[torch.fx.GraphModule] = []
 
     def alone(gm: torch.fx.GraphModule, example: list[Any]) -> Callable[..., object]:
@@ -28,8 +26,13 @@ def through_torch_compile(
             raise SystemExit("a model of several graphs cannot be timed with TorchDynamo alone")
         return lambda *arguments: tree_leaves(fast(*inputs))
 
+    def masked() -> nn.Module:
+        copied = copy.deepcopy(model)
+        masks.apply_(copied)
+        return copied
+
     ways: Mapping[str, Any] = {
         "torch.compile": {"backend": "fxsparse", "options": {"masks": masks, "target": target}},
         "torch.compile alone": {"backend": alone},
     }
-    return {name: without_grad(torch.compile(copy.deepcopy(masked), **way), inputs) for name, way in ways.items()}
+    return {name: without_grad(torch.compile(masked(), **way), inputs) for name, way in ways.items()}

@@ -11,7 +11,7 @@ from tools.block_recipes import BLOCK_RECIPES
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "tools" / "rows"
-CASE = ("model", "recipe", "sparsity", "rows", "batch", "threads", "dtype", "target")
+CASE = ("model", "recipe", "sparsity", "rows", "batch", "side", "threads", "dtype", "target")
 MARKS = ("<!-- rows: begin -->", "<!-- rows: end -->")
 
 
@@ -28,7 +28,7 @@ def rows_in(path: Path) -> list[dict[str, Any]]:
 
 def newest(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The last row of every case on every machine, where the first one of it stood."""
-    return list({tuple(row.get(key) for key in ("machine", *CASE)): row for row in rows}.values())
+    return list({tuple({"side": 0, **row}.get(key) for key in ("machine", *CASE)): row for row in rows}.values())
 
 
 def by_machine(rows: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:

@@ -38,7 +38,9 @@ def channel_features(
     """
     _check(kind, loss)
     modules = {name: _module_of(name, model) for name in names}
-    sums = {name: torch.zeros(module.weight.shape[0], dtype=torch.float64) for name, module in modules.items()}
+    sums = {
+        name: torch.zeros(module.weight.shape[0], dtype=torch.float64, device="cpu") for name, module in modules.items()
+    }
     counts = dict.fromkeys(modules, 0)
     with _evaluating(model), torch.set_grad_enabled(kind == "saliency"):
         for batch in batches:

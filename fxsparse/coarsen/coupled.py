@@ -55,7 +55,7 @@ def coupled_weights(model: nn.Module, example_inputs: Sequence[Tensor]) -> list[
 def _alike(weight: fx.Node, weights: list[fx.Node], nodes: list[fx.Node], facts: Facts) -> list[fx.Node]:
     """The weights of which exactly the first two rows must stay when those of `weight` do."""
     layout = Layout({n: tuple(bits.shape) for n, bits in facts.unknown.items()})
-    rows = torch.arange(facts.unknown[weight].shape[0]) < 2
+    rows = torch.arange(facts.unknown[weight].shape[0], device="cpu") < 2
     layout.grow(weight, 0, rows)
     done: dict[fx.Node, list[int]] = {}
     while layout.changed:

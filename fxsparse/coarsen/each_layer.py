@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 
 from fxsparse.coarsen.given import layers_of
@@ -25,8 +26,9 @@ def each_layer(weights: Mapping[str, Tensor], masks: Masks, rule: Rule) -> Coars
     layers, groups = [], {}
     for name, weight, mask in layers_of(weights, masks):
         _log.info("coarsen %s", name)
-        made, fallback = rule(name, weight, mask)
-        found[name], groups[name] = (mask, ()) if made is None else (union(made, mask), made)
+        with torch.device("cpu"):  # whatever the caller's default is
+            made, fallback = rule(name, weight, mask)
+            found[name], groups[name] = (mask, ()) if made is None else (union(made, mask), made)
         layers.append(describe(name, weight, mask, found[name], groups[name], fallback))
     return Coarsened(Masks(found), tuple(layers), groups)
 

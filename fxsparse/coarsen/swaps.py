@@ -33,7 +33,7 @@ def by_energy(energy: Tensor, sizes: Tensor) -> Tensor:
 
 def group_energy(energy: Tensor, labels: Tensor, groups: int) -> Tensor:
     """Energy of each column in each group, [G, n]."""
-    return torch.zeros(groups, energy.shape[1]).index_add_(0, labels, energy)
+    return energy.new_zeros(groups, energy.shape[1]).index_add_(0, labels, energy)
 
 
 def improve(energy: Tensor, labels: Tensor, sizes: Tensor, budget: float, sweeps: int) -> Tensor:
@@ -73,15 +73,16 @@ def _state(energy: Tensor, labels: Tensor, sizes: Tensor, budget: float) -> tupl
     """What is kept with the best columns, each group's energies [G, n], and the price of keeping a weight."""
     sums = group_energy(energy, labels, len(sizes))
     worth = price(sums, sizes, budget)
-    over = (sums - worth * sizes[:, None]).clamp_min_(0).sum(dtype=torch.float64)
+    over = (sums - worth * sizes.to(sums)[:, None]).clamp_min_(0).sum(dtype=torch.float64)
     return float(over) + worth * budget, sums, worth
 
 
 def _gains(energy: Tensor, sums: Tensor, labels: Tensor, sizes: Tensor, worth: float) -> Tensor:
     """B [O, G] of the module's text."""
+    sizes = sizes.to(sums)  # a quotient of integers has the caller's default dtype
     threshold = (worth * sizes)[:, None]
     base = sums * ((sizes - 1) / sizes)[:, None] - threshold
-    gains = torch.empty(len(energy), len(sizes))
+    gains = energy.new_empty(len(energy), len(sizes))
     step = max(1, _BUFFER // energy.shape[1])
     for rows, out, own in zip(energy.split(step), gains.split(step), labels.split(step), strict=True):
         buffer = torch.empty_like(rows)
@@ -116,7 +117,7 @@ def _swap(gains: Tensor, labels: Tensor, groups: int, at_once: int) -> Tensor:
 
 def _best_leavers(gain: Tensor, labels: Tensor, groups: int, count: int) -> tuple[Tensor, Tensor]:
     """For every two groups g, h the rows of g that gain most in h: gains and rows, both [G, G, count]."""
-    best = torch.full((groups, groups, count), -torch.inf)
+    best = gain.new_full((groups, groups, count), -torch.inf)
     rows = torch.zeros((groups, groups, count), dtype=torch.int64)
     for g in range(groups):
         members = (labels == g).nonzero().flatten()

@@ -83,7 +83,9 @@ def _rows_read_by(
     while source.op == "call_module" and isinstance(modules[str(source.target)], _TRANSPARENT):
         source = source.all_input_nodes[0]
     live = rows.get(id(modules[str(source.target)])) if source.op == "call_module" else None
-    return live if live is not None and len(live) == norm.num_features else torch.ones(norm.num_features).bool()
+    if live is not None and len(live) == norm.num_features:
+        return live
+    return torch.ones(norm.num_features, dtype=torch.bool, device="cpu")
 
 
 def _has_dropped_row(mask: Tensor) -> bool:

@@ -31,12 +31,13 @@ def capture(
 ) -> fx.GraphModule:
     """The graph of `model` with every masked weight set to zero. The model itself is not touched.
 
-    args, kwargs   example inputs; tensors have the batch in dimension 0
+    args, kwargs   example inputs; the batch is dimension 0 of the first tensor, and of others where that is as large
     dynamic_batch  leave that dimension symbolic
     Raises CaptureError when torch.export cannot follow the model, InputError when the inputs do not fit it.
     """
     call = Call(args, dict(kwargs or {}))
     with _untouched(model):
+        _refuse_nested_tensors(model)
         program = _export(model, call, dynamic_batch)
         _refuse_side_effects(program, model)
     known = "check_guards" in inspect.signature(program.module).parameters
@@ -47,7 +48,7 @@ def capture(
     _refuse_random(gm, model)
     _own(gm)
     _apply(gm, masks, model)
-    _run_once(gm, model, call, dynamic_batch)
+    _run_once(gm, model, call)
     return gm
 
 
@@ -61,7 +62,7 @@ def masked_output(model: nn.Module, masks: Masks, call: Call) -> Any:
 
 @contextlib.contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module has its own attributes back, and these their contents.
+    """Evaluation mode and slow paths inside; afterwards every module has its own attributes back, and their contents.
 
     Tracing runs the model on fake tensors: torch.nn.utils.prune and weight_norm would leave theirs behind, a model's
     own caches would be full of them, and hooks that it adds to itself would be there twice.
@@ -71,10 +72,44 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         _remember(module.__dict__, contents)
     try:
         _evaluate(model)
-        yield
+        with _slow_paths():
+            yield
     finally:
         for container, before in contents.values():
             _restore(container, before)
+
+
+@contextlib.contextmanager
+def _slow_paths() -> Iterator[None]:
+    """nn.Transformer runs as torch.export traces it: without its fused layers, and with no look at a mask's values.
+
+    PyTorch looks whether a mask is the causal one, to leave it out then: applying it is the same function.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    detect = torch.nn.modules.transformer._detect_is_causal_mask
+    torch.backends.mha.set_fastpath_enabled(False)
+    torch.nn.modules.transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+        torch.nn.modules.transformer._detect_is_causal_mask = detect
+
+
+def _refuse_nested_tensors(model: nn.Module) -> None:
+    """Hooks, dropped by `_untouched`, that raise where PyTorch without gradients gives zeros at padded positions."""
+
+    def refuse(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = {**dict(zip(("src", "mask", "src_key_padding_mask"), args, strict=False)), **kwargs}
+        padded = given.get("src_key_padding_mask") is not None and given.get("mask") is None
+        if padded and getattr(encoder, "use_nested_tensor", False):
+            got = "use_nested_tensor=True: without gradients, PyTorch leaves padded positions out and gives zeros there"
+            raise _cannot(model, "an nn.TransformerEncoder that computes the same with and without gradients", got,
+                          "Set encoder.use_nested_tensor = False, or leave src_key_padding_mask out.")  # fmt: skip
+
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder):
+            module.register_forward_pre_hook(refuse, with_kwargs=True)
 
 
 def _remember(value: Any, contents: dict[int, tuple[Any, Any]]) -> None:
@@ -109,6 +144,8 @@ def _export(model: nn.Module, call: Call, dynamic_batch: bool) -> torch.export.E
             program = exported(model, call, dynamic_batch=dynamic_batch)
             flat: torch.export.ExportedProgram = program.run_decompositions({})
             return flat
+    except CaptureError:  # of our own hooks
+        raise
     except Exception as error:  # noqa: BLE001 - whatever torch.export raises becomes our error, with its text
         raise _explain(model, call, error, dynamic_batch) from None
 
@@ -131,12 +168,22 @@ def _explain(model: nn.Module, call: Call, error: Exception, dynamic_batch: bool
         "Rewrite the part named above without data-dependent Python, compile the submodules that export, or use "
         "torch.compile(model, backend='fxsparse'), which compiles what it can follow."
     )
-    # the last two: its own check of sizes fails for tensors in **kwargs, in torch 2.11 in other words
-    hints = ("batch", ".size()[0]", ".shape[0]", "name 'L' is not defined", "Must provide a tree_name")
-    if dynamic_batch and any(hint in str(error) for hint in hints):
-        advice = "If the model only works at one batch size, pass dynamic_batch=False. " + advice
+    if "transformers.cache_utils" in str(error):
+        advice = 'A cache is no tensor: set model.config.use_cache = False, or give "use_cache": False by name.'
+    elif dynamic_batch and _exports(model, call):
+        advice = "It can at one batch size: pass dynamic_batch=False. For any, see what the error says of sizes."
     got = first_line(error)
     return _cannot(model, "a model that torch.export can follow (strict=False)", got, advice)
+
+
+def _exports(model: nn.Module, call: Call) -> bool:
+    """Whether torch.export can follow the model at the example's sizes."""
+    try:
+        with torch.no_grad(), warnings.catch_warnings(action="ignore"):
+            exported(model, call, dynamic_batch=False)
+    except Exception:  # noqa: BLE001 - as in `_export`
+        return False
+    return True
 
 
 def _cannot(model: nn.Module, expected: str, got: str, do: str) -> CaptureError:
@@ -175,14 +222,14 @@ def _refuse_random(gm: fx.GraphModule, model: nn.Module) -> None:
             )
 
 
-def _run_once(gm: fx.GraphModule, model: nn.Module, call: Call, dynamic_batch: bool) -> None:
+def _run_once(gm: fx.GraphModule, model: nn.Module, call: Call) -> None:
     """Fake tensors let some wrong dtypes pass that the kernels refuse."""
     try:
         with torch.no_grad():
             gm(*call.args, **call.kwargs)
     except Exception as error:  # noqa: BLE001 - whatever the model's operators raise
         with _untouched(model):
-            explained = _explain(model, call, error, dynamic_batch)
+            explained = _explain(model, call, error, dynamic_batch=False)
         raise explained from None
 
 

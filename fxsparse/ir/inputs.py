@@ -89,16 +89,16 @@ def exported(model: nn.Module, call: Call, *, dynamic_batch: bool) -> torch.expo
 
 def _any_batch(model: nn.Module, call: Call, largest: int | None) -> torch.export.ExportedProgram:
     """torch.export takes a size of 1 in the example for a constant: it gets two samples, and is told the batch."""
-    call = pytree.tree_map(_two_or_more, call)
+    leaves, spec = pytree.tree_flatten(call)
+    follow = in_batch(leaves)
+    if batch_size(leaves) == 1:
+        leaves = [torch.cat([x, x]) if varies else x for x, varies in zip(leaves, follow, strict=True)]
+    call = pytree.tree_unflatten(leaves, spec)
     batch, shapes = torch.export.Dim("batch", min=1, max=largest), torch.export.ShapesCollection()
-    for x in pytree.tree_leaves(call):  # by tensor, whatever the signature (*args, dicts)
-        if isinstance(x, Tensor) and x.dim():
+    for x, varies in zip(leaves, follow, strict=True):  # by tensor, whatever the signature (*args, dicts)
+        if varies:
             shapes[x] = {0: batch}
     return torch.export.export(model, call.args, dict(call.kwargs), dynamic_shapes=shapes, strict=False)
-
-
-def _two_or_more(x: Any) -> Any:
-    return torch.cat([x, x]) if isinstance(x, Tensor) and x.dim() and x.shape[0] == 1 else x
 
 
 def same_constant(a: Any, b: Any) -> bool:
@@ -125,6 +125,12 @@ def signature_of(model: nn.Module) -> inspect.Signature | None:
 def batch_size(inputs: Iterable[Any]) -> int:
     """Dimension 0 of the first tensor that has dimensions; 1 without one."""
     return next((x.shape[0] for x in inputs if isinstance(x, Tensor) and x.dim()), 1)
+
+
+def in_batch(inputs: Sequence[Any]) -> list[bool]:
+    """Of each input, whether dimension 0 is the batch: all tensors with as many there as `batch_size` says."""
+    batch = batch_size(inputs)
+    return [isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] == batch for x in inputs]
 
 
 def device_of(inputs: Iterable[Any]) -> torch.device:

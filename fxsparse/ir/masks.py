@@ -207,7 +207,7 @@ def _matched(masks: Mapping[str, Tensor], model: nn.Module) -> Iterator[tuple[st
                 f"mask for {given!r}",
                 expected=f"the parameter's shape {tuple(parameter.shape)}",
                 got=str(tuple(mask.shape)),
-                do="A mask is one bool per weight. To keep whole rows: mask[:, None, None, None].expand_as(weight).",
+                do=f"A mask is one bool per weight. To keep whole rows: {_rows(parameter)}.",
             )
         name = own_name[id(parameter)]
         if given not in every and (other := _unpruned_name(parameter, every)):
@@ -226,6 +226,11 @@ def _matched(masks: Mapping[str, Tensor], model: nn.Module) -> Iterator[tuple[st
             )
         seen[name] = given
         yield name, mask
+
+
+def _rows(weight: Tensor) -> str:
+    """How a mask of rows [O] becomes one of `weight`."""
+    return f"mask[:{', None' * (weight.dim() - 1)}].expand_as(weight)"
 
 
 def _unpruned_name(parameter: Tensor, every: Mapping[str, Tensor]) -> str:

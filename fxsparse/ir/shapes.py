@@ -11,12 +11,13 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxsparse.ir.graph import refresh
+from fxsparse.ir.inputs import in_batch
 
 _ONE_THREAD = threading.Lock()
 
 
 def propagate(gm: fx.GraphModule, example: Sequence[Any], *, dynamic_batch: bool) -> fx.GraphModule:
-    """`gm` with `meta["val"]` on every node, as capture leaves it: with `dynamic_batch` dimension 0 is one symbol.
+    """`gm` with `meta["val"]` on every node, as capture leaves it: with `dynamic_batch` the batch is one symbol.
 
     A graph that has them is left as it is.
     """
@@ -27,8 +28,8 @@ def propagate(gm: fx.GraphModule, example: Sequence[Any], *, dynamic_batch: bool
         if all("val" in node.meta for node in inputs):
             return gm
         mode = FakeTensorMode(shape_env=ShapeEnv())
-        for node, x in zip(inputs, example, strict=True):
-            node.meta["val"] = _fake(mode, node.name, x, dynamic_batch) if isinstance(x, Tensor) else x
+        for node, x, varies in zip(inputs, example, in_batch(example), strict=True):
+            node.meta["val"] = _fake(mode, node.name, x, dynamic_batch and varies) if isinstance(x, Tensor) else x
         refresh(gm)
     return gm
 
@@ -37,7 +38,7 @@ def _fake(mode: FakeTensorMode, name: str, x: Tensor, dynamic_batch: bool) -> Te
     from torch._dynamo.source import ConstantSource
     from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
-    if not x.dim() or not dynamic_batch:
+    if not dynamic_batch:
         return mode.from_tensor(x, static_shapes=True)
     if x.shape[0] == 1:  # a size of 1 is always taken for a constant
         x = torch.cat([x, x])

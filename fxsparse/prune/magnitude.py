@@ -65,7 +65,7 @@ def keep_largest(scores: Mapping[str, Tensor], weights: Mapping[str, Tensor], ke
     weights  the same names in the same order -> the weight, for its shape and device
     """
     flat = torch.cat(list(scores.values()))
-    kept = torch.zeros(flat.numel(), dtype=torch.bool)
+    kept = torch.zeros_like(flat, dtype=torch.bool)
     if keep:
         threshold = torch.kthvalue(flat, flat.numel() - keep + 1).values
         kept = flat > threshold

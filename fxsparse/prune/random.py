@@ -23,5 +23,5 @@ def random(weights: Mapping[str, Tensor], density: float, *, seed: int) -> Masks
     keep = budget(weights, density)
     sizes = [weight.numel() for weight in weights.values()]
     # ranks, not uniform numbers: no two are equal
-    ranks = torch.randperm(sum(sizes), generator=torch.Generator().manual_seed(seed))
+    ranks = torch.randperm(sum(sizes), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
     return keep_largest(dict(zip(weights, torch.split(ranks, sizes), strict=True)), weights, keep)

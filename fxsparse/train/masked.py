@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fxsparse.ir.masks import Masks
 
@@ -24,24 +25,37 @@ def masked(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
     when a mask does not fit the model.
     """
     parameters = dict(model.named_parameters())
-    fitted = Masks(masks).check(model)
+    weights = [_Masked(parameters[name], mask) for name, mask in Masks(masks).check(model).items()]
 
-    def after_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        fitted.apply_(model)
+    def apply(*_: object) -> None:
+        for weight in weights:
+            weight.apply()
 
     with ExitStack() as undo:
-        for name, mask in fitted.items():
-            parameter: Any = parameters[name]  # Any: torch's register_hook has no types
-            if parameter.requires_grad:
-                undo.callback(parameter.register_hook(_zero_where(~mask)).remove)
-        undo.callback(register_optimizer_step_post_hook(after_step).remove)
-        fitted.apply_(model)
+        for weight in weights:
+            if weight.parameter.requires_grad:
+                undo.callback(weight.parameter.register_hook(weight.zeroed).remove)
+        undo.callback(register_optimizer_step_post_hook(apply).remove)
+        apply()
         try:
             yield
         finally:
-            fitted.apply_(model)
+            apply()
 
 
-def _zero_where(dropped: Tensor) -> Callable[[Tensor], Tensor]:
-    # masked_fill, not a product: 0 * inf is NaN
-    return lambda gradient: gradient.masked_fill(dropped.to(gradient.device), 0)
+class _Masked:
+    """A parameter and where it is zero, once on its device."""
+
+    def __init__(self, parameter: Any, mask: Tensor) -> None:  # Any: torch's register_hook has no types
+        self.parameter, self.dropped = parameter, ~mask
+
+    def apply(self) -> None:
+        self.parameter.detach().masked_fill_(self._dropped_on(self.parameter.device), 0)
+
+    def zeroed(self, gradient: Tensor) -> Tensor:
+        # masked_fill, not a product: 0 * inf is NaN
+        return gradient.masked_fill(self._dropped_on(gradient.device), 0)
+
+    def _dropped_on(self, device: torch.device) -> Tensor:
+        self.dropped = self.dropped.to(device)  # the model may be moved meanwhile
+        return self.dropped
