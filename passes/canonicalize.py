@@ -8,6 +8,7 @@
 - padding with a constant has one form, and so has conversion to another dtype
 - batch and heads that attention merges and takes apart again are permuted instead
 - cat lets go of tensors that hold nothing (an empty cache)
+- squeeze leaves the batch alone, where the model does not run on one sample without its dimension
 - view becomes reshape: once copies are gone its strides may not allow a view
 - what depends on no input is computed now (weight norm, transposed weights, attention masks)
 - a weight that several nodes read gets one get_attr node for each, so that each can be cut differently
@@ -45,12 +46,15 @@ from fxsparse.passes.forms import (
     is_extreme,
     is_product,
     splits_heads,
+    squeezes_batch,
+    takes_one_sample,
     write_conversion,
     write_extreme,
     write_glu,
     write_heads,
     write_linear,
     write_padding,
+    write_squeeze,
 )
 
 _IDENTITY = (
@@ -67,7 +71,8 @@ def plan(gm: fx.GraphModule, ctx: Context) -> list[Decision]:
     """One decision per node to rewrite."""
     constant = _constant_nodes(gm)
     decisions = [_decide(node, constant) for node in gm.graph.nodes if node.op == "call_function"]
-    return [d for d in decisions if d is not None] + list(_constants(constant)) + list(_shared(gm))
+    more = [*_constants(constant), *_shared(gm), *_squeezes(gm)]
+    return [d for d in decisions if d is not None] + more
 
 
 def apply(gm: fx.GraphModule, decision: Decision) -> None:
@@ -104,8 +109,8 @@ def _decide(node: fx.Node, constant: Collection[fx.Node]) -> Decision | None:
         return _accept(node, "write view as reshape", "it holds for any strides", _write_reshape)
     if node.target is _BATCH_NORM and all(_is_item(user) for user in node.users):
         return _accept(node, "write as batch_norm", "one result instead of three", _write_batch_norm)
-    if node.target is aten.cat.default and any(map(_is_nothing, node.all_input_nodes)):
-        return _accept(node, "drop what holds nothing", "cat passes over tensors of shape [0]", _drop_nothing)
+    if node.target is aten.cat.default and len(_something(node)) < len(arg(node, "tensors")):
+        return _accept(node, "drop what holds nothing", "cat passes over empty tensors", _drop_nothing)
     if node.target in _SPLIT and not _splits_symbolic(node) and all(_is_item(user) for user in node.users):
         return _accept(node, f"write {operator_name(node)} as slices", "one result instead of several", _write_slices)
     return None
@@ -128,10 +133,15 @@ def _is_item(node: fx.Node) -> bool:
     return node.target is operator.getitem
 
 
-def _is_nothing(node: fx.Node) -> bool:
-    """Of shape [0], which `cat` allows beside tensors of any rank: an empty cache."""
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and list(value.shape) == [0]
+def _something(cat: fx.Node) -> list[fx.Node]:
+    """What is left of its tensors without those that add nothing; one at least, and one of its dtype.
+
+    That is slices of size 0 and tensors of shape [0], which `cat` allows beside those of any rank: an empty cache.
+    """
+    tensors, dim, dtype = arg(cat, "tensors"), arg(cat, "dim"), cat.meta["val"].dtype
+    left = [n for n in tensors if (val := n.meta["val"]).shape[dim if val.dim() == rank_of(cat) else 0] != 0]
+    left = left or [max(tensors, key=rank_of)]
+    return left if any(n.meta["val"].dtype == dtype for n in left) else tensors
 
 
 def _splits_symbolic(node: fx.Node) -> bool:
@@ -165,8 +175,7 @@ def _write_product(constant: Collection[fx.Node], gm: fx.GraphModule, node: fx.N
 
 
 def _drop_nothing(gm: fx.GraphModule, node: fx.Node) -> None:
-    tensors = cast("list[fx.Node]", node.args[0])
-    node.args = ([n for n in tensors if not _is_nothing(n)] or tensors[:1], *node.args[1:])
+    node.args = (_something(node), *node.args[1:])
 
 
 def _write_batch_norm(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -286,6 +295,14 @@ def _shared(gm: fx.GraphModule) -> Iterator[Decision]:
         if node.op == "get_attr" and len(node.users) > 1:
             what = f"read {node.target} at {len(node.users)} places by a node of its own"
             yield _accept(node, what, "each use can then be cut by itself", _unshare)
+
+
+def _squeezes(gm: fx.GraphModule) -> Iterator[Decision]:
+    """Those that take the batch of a single sample. A model that runs so is to give what it gives."""
+    found = [n for n in gm.graph.nodes if squeezes_batch(n)]
+    if found and not takes_one_sample(gm):
+        for node in found:
+            yield _accept(node, "name what squeeze takes", "nothing takes one sample without its batch", write_squeeze)
 
 
 def _unshare(gm: fx.GraphModule, node: fx.Node) -> None:

@@ -6,10 +6,11 @@ import operator
 from collections.abc import Container
 from typing import Any, cast
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
-from fxsparse.ir.graph import arg, aten
-from fxsparse.ir.symbols import RESHAPES
+from fxsparse.ir.graph import arg, aten, flat
+from fxsparse.ir.symbols import RESHAPES, concrete, rank_of, symbolic_dims
 
 _EXTREMES = {aten.max.dim: aten.amax.default, aten.min.dim: aten.amin.default}
 _ADAPTIVE = {
@@ -17,11 +18,12 @@ _ADAPTIVE = {
     aten.adaptive_max_pool2d.default: aten.max_pool2d.default,
     aten.adaptive_max_pool3d.default: aten.max_pool3d.default,
 }
+_SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 PRODUCTS = (aten.addmm.default, aten.mm.default, aten.matmul.default)
 
 
 def is_product(node: fx.Node, constant: Container[fx.Node]) -> bool:
-    """A product x @ w with a stored matrix w, or with a stored vector added."""
+    """A product x @ w with a stored matrix w, or with a stored vector of as many elements added."""
     *bias, x, w = cast(Any, node.args)[: 3 if node.target is aten.addmm.default else 2]
     if (
         w not in constant
@@ -32,7 +34,7 @@ def is_product(node: fx.Node, constant: Container[fx.Node]) -> bool:
     ):
         return False
     plain = not bias or (arg(node, "alpha") == arg(node, "beta") == 1)
-    return plain and all(b in constant and b.meta["val"].dim() == 1 for b in bias)
+    return plain and all(b in constant and b.meta["val"].shape == w.meta["val"].shape[1:] for b in bias)
 
 
 def write_linear(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
@@ -63,6 +65,43 @@ def write_padding(gm: fx.GraphModule, node: fx.Node) -> None:
         fill = arg(node, "value") or 0.0
         new = gm.graph.call_function(aten.constant_pad_nd.default, (node.args[0], arg(node, "pad"), fill))
     _take_place(gm, new, node)
+
+
+def squeezes_batch(node: fx.Node) -> bool:
+    """Whether it is a squeeze that takes another dimension too where a symbolic size is 1."""
+    return node.target in _SQUEEZES and not {*_squeezed(node)}.isdisjoint(symbolic_dims(cast(fx.Node, node.args[0])))
+
+
+def write_squeeze(gm: fx.GraphModule, node: fx.Node) -> None:
+    """A squeeze of the dimensions whose size is 1 whatever the input."""
+    sizes = cast(fx.Node, node.args[0]).meta["val"].shape
+    ones = [dim for dim in _squeezed(node) if isinstance(sizes[dim], int) and sizes[dim] == 1]
+    node.target = aten.squeeze.dims
+    node.args, node.kwargs = (node.args[0], ones), {}
+
+
+def _squeezed(node: fx.Node) -> list[int]:
+    """The dimensions that it takes where their size is 1."""
+    rank = rank_of(cast(fx.Node, node.args[0])) or 1  # a number may be squeezed along dimension 0
+    if node.target is aten.squeeze.default:
+        return [*range(rank)]
+    dims = arg(node, "dim")
+    return [dim % rank for dim in ([dims] if isinstance(dims, int) else dims)]
+
+
+def takes_one_sample(gm: fx.GraphModule) -> bool:
+    """Whether the graph runs on a batch of one: shape functions let pass what some kernels refuse."""
+    try:
+        with torch.no_grad():
+            flat(gm)(*map(_one_sample, gm.graph.find_nodes(op="placeholder")))
+    except (RuntimeError, IndexError, ValueError):
+        return False
+    return True
+
+
+def _one_sample(node: fx.Node) -> Any:
+    value = node.meta.get("val")
+    return torch.zeros(concrete(node), dtype=value.dtype, device=value.device) if isinstance(value, Tensor) else value
 
 
 def write_glu(gm: fx.GraphModule, node: fx.Node) -> None:
@@ -127,10 +166,11 @@ def splits_heads(node: fx.Node) -> bool:
     if merged.target not in RESHAPES or len(merged.users) > 1 or {arg(turned, "dim0"), arg(turned, "dim1")} != {0, 1}:
         return False
     x, after = merged.args[0].meta["val"].shape, node.meta["val"].shape
-    if len(x) != 3 or len(merged.meta["val"].shape) != 3 or len(after) != 4 or not isinstance(after[1], int):
+    if len(x) != 3 or len(after) != 4 or not isinstance(after[1], int):
         return False
-    sizes = [str(size) for size in (x[0], x[1], x[2])]
-    return sizes == [str(after[2]), str(after[0]), str(after[1] * after[3])]
+    batch, heads, length, width = after
+    sizes = [*x, *merged.meta["val"].shape]
+    return [*map(str, sizes)] == [*map(str, (length, batch, heads * width, length, batch * heads, width))]
 
 
 def write_heads(gm: fx.GraphModule, node: fx.Node) -> None:

@@ -6,6 +6,7 @@ lines: every pixel of 251 floats begins elsewhere in a line, and each of its vec
 
 from __future__ import annotations
 
+import copy
 from typing import cast
 
 import torch
@@ -15,7 +16,7 @@ from fxsparse.analysis.closure import close
 from fxsparse.analysis.reasons import is_layer
 from fxsparse.ir.facts import Facts
 from fxsparse.ir.graph import get_tensor
-from fxsparse.ir.layout import Layout, Space
+from fxsparse.ir.layout import Layout
 from fxsparse.passes.choose_formats import FASTER as FASTER_PACKED
 from fxsparse.passes.choose_formats import is_summed, packings
 from fxsparse.passes.context import Context
@@ -25,33 +26,42 @@ FASTER = 0.97  # rounded layers must be at least this much faster: less is noise
 
 
 def round_widths(gm: fx.GraphModule, facts: Facts, layout: Layout, ctx: Context) -> None:
-    """Space by space: keep as many dead channels as fill the last register, when its layers then run faster."""
-    layers = [n for n in gm.graph.nodes if is_layer(n)]
+    """Space by space: keep as many dead channels as fill the last register, when the layers that grow then run faster.
+
+    What must grow along grows first, such as the rest of a group: what is timed is what is built.
+    """
+    written = {(n.args[1], dim) for n in gm.graph.nodes if is_layer(n) for dim in (0, 1)}
     for space in layout.spaces():
         node, dim = space[0]
         kept, size = int(layout.kept[node][dim].sum()), len(layout.kept[node][dim])
         rounded = min(-(-kept // ROUND_TO) * ROUND_TO, size)
-        touched = [n for n in layers if {(n.args[1], 0), (n.args[1], 1)} & set(space)]
-        if kept in (0, rounded) or not touched:
+        if kept in (0, rounded) or written.isdisjoint(space):
             continue
-        extra = (~layout.kept[node][dim]).nonzero().flatten()[: rounded - kept]
-        if _faster(gm, touched, space, extra, layout, ctx):
-            mask = torch.zeros(size, dtype=torch.bool, device="cpu")
-            mask[extra] = True
-            layout.grow(node, dim, mask, f"rounded up to {rounded}: measured faster")
-            close(gm, facts, layout)
+        extra = torch.zeros(size, dtype=torch.bool, device="cpu")
+        extra[(~layout.kept[node][dim]).nonzero().flatten()[: rounded - kept]] = True
+        wider = _copy(layout)
+        wider.grow(node, dim, extra, f"rounded up to {rounded}: measured faster")
+        close(gm, facts, wider)
+        if _faster(gm, wider, layout, ctx):
+            vars(layout).update(vars(wider))
 
 
-def _faster(
-    gm: fx.GraphModule, layers: list[fx.Node], space: Space, extra: Tensor, layout: Layout, ctx: Context
-) -> bool:
+def _copy(layout: Layout) -> Layout:
+    """One that grows by itself."""
+    wider = copy.copy(layout)
+    wider.kept = {n: [k.clone() for k in kept] for n, kept in layout.kept.items()}
+    wider.cause = {n: [c.clone() for c in cause] for n, cause in layout.cause.items()}
+    return wider
+
+
+def _faster(gm: fx.GraphModule, wider: Layout, layout: Layout, ctx: Context) -> bool:
     exact_s = rounded_s = 0.0
-    for layer in layers:
+    for layer in filter(is_layer, gm.graph.nodes):
         weight = cast(fx.Node, layer.args[1])
-        exact = [layout.indices(weight, dim) for dim in (0, 1)]
-        rounded = [torch.cat([i, extra]).sort()[0] if (weight, d) in space else i for d, i in enumerate(exact)]
-        exact_s += _seconds(gm, layer, exact, ctx)
-        rounded_s += _seconds(gm, layer, rounded, ctx)
+        rounded, exact = ([each.indices(weight, dim) for dim in (0, 1)] for each in (wider, layout))
+        if [*map(len, rounded)] != [*map(len, exact)]:
+            exact_s += _seconds(gm, layer, exact, ctx)
+            rounded_s += _seconds(gm, layer, rounded, ctx)
     return rounded_s < FASTER * exact_s
 
 

@@ -37,6 +37,7 @@ from fxsparse.ir.graph import (
     refresh,
     weight_of,
 )
+from fxsparse.ir.layout import Layout
 from fxsparse.ir.symbols import rank_of
 from fxsparse.passes import fold_constants
 from fxsparse.passes.context import Context
@@ -73,12 +74,16 @@ def _with_gain(gm: fx.GraphModule, decisions: list[Decision]) -> list[Decision]:
     ctx = Context()
     run(copy, [fold_constants], ctx)
     layout = smallest_layout(copy, analyze(copy, known=ctx.facts))
-    rows = [cast(fx.Node, mean.args[1]) for mean in means]
-    return [
-        replace(d, why=next(iter(layout.why(row, 1)), "something else needs all channels"), accepted=False)
-        if layout.full(row, 1) else d
-        for d, row in zip(decisions, rows, strict=True)
-    ]  # fmt: skip
+    reasons = [_why_not(mean, layout) for mean in means]
+    return [replace(d, why=why, accepted=False) if why else d for d, why in zip(decisions, reasons, strict=True)]
+
+
+def _why_not(mean: fx.Node, layout: Layout) -> str:
+    """Why no channel of a mean goes; empty where some do."""
+    if mean not in layout.kept:
+        return "nothing that depends on the input reads it"
+    row = cast(fx.Node, mean.args[1])
+    return next(iter(layout.why(row, 1)), "something else needs all channels") if layout.full(row, 1) else ""
 
 
 def apply(gm: fx.GraphModule, decision: Decision) -> fx.Node:

@@ -534,6 +534,19 @@ def test_layer_scale_shrinks_with_its_channels(shape: tuple[int, ...]) -> None:
     shapes_after(dead(alive(Scaled()), {"a": [0, 1]}), (3, 4, 4), {"a.weight": (6, 3), "b.weight": (2, 6)})
 
 
+@pytest.mark.parametrize(
+    ("between", "n"),
+    [
+        (lambda y: y * F.pad(y[:, :0], (0, 8), value=2.0), 8),
+        (lambda y: torch.cat([y, torch.cat([y[:, :0], y[:, 8:]], 1)], 1), 8),
+        (lambda y: y + torch.cat([torch.zeros(0, dtype=y.dtype), y[:, :0]], 1).sum(1, keepdim=True), 8),
+    ],
+    ids=["padded", "joined", "of another rank"],
+)
+def test_a_slice_of_size_0_holds_nothing(between: Callable[[Tensor], Tensor], n: int) -> None:
+    shapes_after(two_linears(between, n), (5,), {})
+
+
 # ------------------------------------------------------------ paths
 
 WRITERS: dict[str, Any] = {

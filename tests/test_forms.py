@@ -41,6 +41,17 @@ def rows(report: Report) -> dict[str, int]:
     return {r.name: r.rows_removed for r in report.rows if r.rows_removed}
 
 
+class Called(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 class Images(nn.Module):
     """A convolution, something, a convolution."""
 
@@ -76,6 +87,7 @@ IMAGES: dict[str, Callable[[Tensor], Tensor]] = {
     "by the brightest of a few": lambda x: F.adaptive_max_pool1d(x.flatten(2), 4).unsqueeze(2),
     "by the brightest of a volume": lambda x: F.adaptive_max_pool3d(x.unsqueeze(2), (1, 2, 3)).squeeze(2),
     "by extremes of lines": lambda x: x.max(2, keepdim=True)[0] - torch.min(x, -1).values.unsqueeze(-1),
+    "beside nothing": lambda x: torch.cat([x[:, :0], x, x[:, 8:]], 1),
     "in a row": lambda x: F.max_pool1d(x.flatten(2), 2).unsqueeze(2),
 }
 
@@ -85,6 +97,53 @@ def test_what_lies_between_convolutions_holds_nothing(name: str) -> None:
     model = Images(IMAGES[name])
     report = compiled(model, {"a.weight": every_second(model.a.weight)}, torch.randn(2, 3, 8, 8).double())
     assert rows(report) == {"a.weight": 4}
+
+
+SQUEEZED: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "normalized": (lambda x: F.batch_norm(x.squeeze(), torch.zeros(8).double(), torch.ones(8).double()), 8),
+    "a slice": (lambda x: x.squeeze()[:, 1:], 7),
+    "named with the batch": (lambda x: x.squeeze((0, 2, 3))[:, 1:], 7),
+    "the batch alone": (lambda x: x.squeeze(0).amax((2, 3)), 8),
+    "turned": (lambda x: x.flatten(1)[:, None, :, None].expand(-1, 1, 8, 2).squeeze().transpose(1, 2).amax(1), 8),
+}
+
+
+@pytest.mark.parametrize("name", SQUEEZED)
+def test_a_squeeze_that_names_no_dimension_or_the_batch_leaves_the_batch(name: str) -> None:
+    between, width = SQUEEZED[name]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.AdaptiveAvgPool2d(1), Called(between),
+                          nn.Linear(width, 3)).double().eval()  # fmt: skip
+    mask = torch.arange(8) >= 3
+    report = compiled(model, {"0.weight": mask.view(-1, 1, 1, 1).expand(-1, 3, 3, 3)}, torch.randn(2, 3, 8, 8).double())
+    assert rows(report) == {"0.weight": 3}
+
+
+def test_one_sample_loses_its_batch_where_the_model_allows_that() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), Called(torch.squeeze), nn.ReLU(), nn.Linear(6, 3)).double().eval()
+    for batch in (1, 2):
+        x = torch.randn(batch, 1, 4).double()
+        fast = fxsparse.compile(model, {}, "eager", example_inputs=x, measure=False)
+        for each in (x, torch.randn(1, 1, 4).double(), torch.randn(3, 1, 4).double()):
+            torch.testing.assert_close(fast(each), model(each))
+
+
+def test_what_is_turned_and_taken_apart_is_not_always_heads() -> None:
+    model = Called(lambda x: x.view(12, 2, 2).transpose(0, 1).view(2, 3, 4, 2))
+    x = torch.randn(4, 2, 6)
+    fast = fxsparse.compile(model, {}, "eager", example_inputs=x, measure=False, dynamic_batch=False)
+    assert torch.equal(fast(x), model(x))
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_a_product_with_a_vector_added(size: int) -> None:
+    matrix, vector = torch.randn(4, 5).double(), torch.randn(size).double()
+    product = Called(lambda x: torch.relu(torch.addmm(vector, x, matrix)))
+    model = nn.Sequential(nn.Linear(3, 4), product, nn.Linear(5, 2)).double()
+    with torch.no_grad():
+        model[0].bias.fill_(1)
+    mask = (torch.arange(4) > 0)[:, None].expand(4, 3)
+    report = compiled(model.eval(), {"0.weight": mask}, torch.randn(2, 3).double())
+    assert rows(report) == ({"0.weight": 1} if size == 5 else {})
 
 
 def test_whole_groups_of_a_norm_go() -> None:

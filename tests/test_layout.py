@@ -109,3 +109,18 @@ def test_packed_layers_are_rounded_with_their_sums(alone: float, summed: float, 
     assert ctx.layout is not None
     found = {causes for n in gm.graph.nodes if n.op == "get_attr" for causes in ctx.layout.why(n, 0)}
     assert ("rounded up to 48: measured faster" in found) == rounded
+
+
+@pytest.mark.parametrize("best", [12, 18, 24])
+def test_whole_groups_are_rounded_and_all_that_grows_is_timed(best: int) -> None:
+    """12 rows, 4 groups of 3: 16 of them would be one row of a fifth group. All 8 channels before make it 24."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 24, 3, groups=8, bias=False), nn.Conv2d(24, 5, 1)
+    model = nn.Sequential(*layers).double().eval()
+    with torch.no_grad():
+        layers[0].weight[4:] = layers[1].weight[12:] = 0
+    x = torch.randn(2, 3, 6, 6).double()
+    gm = capture(model, (x,), Masks(), dynamic_batch=True)
+    run(gm, PIPELINE, Context(time_layer=lambda _, rows, columns: 0.5 if (rows, columns) == (best, 1) else 1.0))
+    assert {b.shape for b in gm.buffers() if b.dim() == 4} == {(best // 3, 3, 1, 1), (best, 1, 3, 3), (5, best, 1, 1)}
+    torch.testing.assert_close(gm(x), model(x))

@@ -27,6 +27,7 @@ MAPS: dict[str, tuple[Callable[..., Tensor], list[list[int]], set[int]]] = {
     "heads": (lambda x: x.view(1, 5, 3, 4).transpose(1, 2), [[1, 5, 12]], {2}),
     "merge": (lambda x: x.transpose(1, 2).reshape(1, 5, 12), [[1, 3, 5, 4]], {1}),
     "cat": (lambda x, y: torch.cat([x, y], 1), [[2, 3, 4, 5], [2, 6, 4, 5]], {2, 3}),  # 0: strides differ
+    "beside nothing": (lambda x, y: torch.cat([x, y], 1), [[2, 3], [2, 0]], set()),
     "pad": (lambda x: nn.functional.pad(x, (1, 1), value=-1.0), [[2, 3, 4]], {0, 1}),
     "flip": (lambda x: x.flip(1), [[2, 3, 4]], {0, 2}),
     "windows": (lambda x: x.view(2, 2, 3, 2, 3, 4).transpose(2, 3), [[2, 6, 6, 4]], {0, 5}),

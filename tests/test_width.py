@@ -263,3 +263,20 @@ def test_width_and_neurons_together_through_inductor() -> None:
         x = words(batch)
         with torch.no_grad():
             torch.testing.assert_close(fast(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_block_that_is_dead_as_a_whole_goes_with_its_norm() -> None:
+    class Dead(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.words(x)
+            y = y + self.downs[0](torch.relu(self.ups[0](self.norms[0](y))))
+            return self.head(self.norms[1](y))  # type: ignore[no-any-return]
+
+    model = Dead(nn.RMSNorm).double()
+    masks = {n: m for n, m in width_masks(model).items() if n.startswith(("words", "norms.0", "norms.1"))}
+    masks |= {n: torch.zeros_like(p, dtype=torch.bool) for n, p in model.named_parameters() if n.startswith("downs.0")}
+    report = compiled(model, masks)
+    written = {d.where: (d.accepted, d.why) for d in report.decisions if d.step == "write_means"}
+    assert written["norms.0"] == (False, "nothing that depends on the input reads it")
+    assert written["norms.1"][0]
+    assert {r.name: r.columns_removed for r in report.rows}["head.weight"] == len(DEAD)

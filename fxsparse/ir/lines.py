@@ -88,6 +88,8 @@ def _cut(index: Tensor, shapes: Sequence[Sequence[int]], small: Sequence[Sequenc
     """Positions in the tensors of `shapes` as positions in those of `small`."""
     new, begin, small_begin = torch.full_like(index, -1), 0, 0
     for shape, cut in zip(shapes, small, strict=True):
+        if 0 in shape:
+            continue
         end = begin + math.prod(shape)
         own = (index >= begin) & (index < end)
         place = torch.full_like(index, small_begin)

@@ -7,7 +7,7 @@ its rewritten sizes, run on the kept integers alone, gives that same rectangle: 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -36,9 +36,7 @@ class Movement(Rule):
     )  # fmt: skip
 
     def unknown(self, node: fx.Node, facts: Facts) -> Tensor:
-        index = self._map(node, facts)
-        bits = torch.cat([facts.unknown[n].flatten() for n in _sources(node, facts)])
-        return bits[index.clamp_min(0)] & (index >= 0)
+        return _followed([facts.unknown[n] for n in _sources(node, facts)], self._map(node, facts))
 
     def demand(self, node: fx.Node, facts: Facts, demanded: Tensor) -> Mapping[fx.Node, Tensor]:
         sources = _sources(node, facts)
@@ -57,7 +55,7 @@ class Movement(Rule):
             layout.pin(n, f"{operator_name(node)} ({owner(node)}) mixes it with the batch or another open size", mixed)
         lines = self._lines(node, facts)
         kept = [layout.rectangle(n, lines.dims(i)) for i, n in enumerate(sources)]
-        moved = torch.cat([bits.flatten() for bits in kept])[lines.index.clamp_min(0)] & (lines.index >= 0)
+        moved = _followed(kept, lines.index)
         for i, n in enumerate(sources):
             like = {dim: layout.kept[n][dims[i]] for dim, dims in lines.through.items()}
             layout.grow_elements(node, moved & lines.of_source(i), cause, like)
@@ -157,6 +155,12 @@ def _sources(node: fx.Node, facts: Facts) -> list[fx.Node]:
     return [n for n in node.all_input_nodes if n in facts.unknown]
 
 
+def _followed(sources: Sequence[Tensor], index: Tensor) -> Tensor:
+    """Bits of the concatenated sources at `index`; False for padding."""
+    bits = [bits.flatten() for bits in sources]
+    return torch.cat([*bits, bits[0].new_zeros(1)])[index]  # -1, for padding, is the last
+
+
 def _scatter(index: Tensor, size: int) -> Tensor:
     chosen = torch.zeros(size, dtype=torch.bool, device="cpu")
     chosen[index[index >= 0].cpu()] = True
@@ -192,7 +196,7 @@ def _new_position(node: fx.Node, layout: Layout) -> dict[str, Any]:
 
 def _non_empty(node: fx.Node, layout: Layout) -> dict[str, Any]:
     tensors = list(arg(node, "tensors"))
-    left = [n for n in tensors if 0 not in layout.new_shape(n)]
+    left = [n for n in tensors if 0 not in layout.new_shape(n)] or tensors[:1]
     return {"tensors": left} if len(left) != len(tensors) else {}
 
 

@@ -40,11 +40,15 @@ class AveragePool(Rule):
 
     def _reached(self, node: fx.Node, facts: Facts, x: fx.Node) -> Tensor:
         """Outputs that an unknown element of x goes into."""
-        return cast(Tensor, run(node, facts, {x: facts.unknown[x].float()}) > 0)
+        return self._sums(node, facts, x, facts.unknown[x].float()) > 0
+
+    def _sums(self, node: fx.Node, facts: Facts, x: fx.Node, bits: Tensor) -> Tensor:
+        """Positive where `bits` in the place of x go: a divisor of the user's own may be negative."""
+        return cast(Tensor, run(node, facts, {x: bits}, {"divisor_override": None}))
 
     def demand(self, node: fx.Node, facts: Facts, demanded: Tensor) -> Mapping[fx.Node, Tensor]:
         (x,) = [n for n in node.all_input_nodes if n in facts.unknown]
-        return {x: vjp(lambda t: run(node, facts, {x: t}), facts.unknown[x], demanded)}
+        return {x: vjp(lambda t: self._sums(node, facts, x, t), facts.unknown[x], demanded)}
 
     def couple(self, node: fx.Node, facts: Facts, layout: Layout) -> None:
         (x,) = [n for n in node.all_input_nodes if n in layout.kept]
@@ -56,6 +60,7 @@ class AveragePool(Rule):
     def samples(self) -> Iterable[Sample]:
         yield Sample(lambda x: F.avg_pool2d(x, 3, 2, 1), ((2, 4, 5, 7),))
         yield Sample(lambda x: F.avg_pool2d(x, 2, ceil_mode=True, count_include_pad=False), ((2, 3, 5, 5),))
+        yield Sample(lambda x: F.avg_pool2d(x, 2, divisor_override=-3), ((2, 4, 5, 5),))
         yield Sample(lambda x: F.adaptive_avg_pool2d(x, (2, 3)), ((2, 4, 5, 5),))
         yield Sample(lambda x: F.interpolate(x, scale_factor=2.0, mode="nearest"), ((2, 3, 2, 3),))
         yield Sample(lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear"), ((2, 3, 2, 3),))
