@@ -138,7 +138,7 @@ def compile(
     dynamic_batch   accept any batch size
     formats         how the remaining weights are stored. "auto": dense or a sparse format, whichever is measured faster
                     (or, on a CPU with measure=False, holds clearly less); "dense": always dense; a format's name,
-                    "shuffled_block", "unstructured" or "n_m": wherever it fits, whatever the time
+                    "shuffled_block", "unstructured" or "n_m": wherever it fits and saves work, whatever the time
     verify          "end": compare with the masked model once; "each": after every pass, naming the one that broke it;
                     "off"
     measure         time the result against the best dense build, and return that build when it is faster

@@ -125,7 +125,7 @@ def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Dec
     packed = fmt.pack(weight)
     work, groups = fmt.standard(packed) if ctx.standard_operators else (packed.work, packed.row_groups)
     share = work / weight.numel()
-    if share >= 1 and not ctx.force_formats and not _may_pay_dense(node, ctx):
+    if share >= 1 and not _may_pay_dense(node, ctx):
         return Decision("choose_formats", name, what, f"{share:.0%} of the dense layer's work", False)
     data = {"node": node, "format": fmt.name, "groups": groups, "packed": packed, "share": share}
     if ctx.time_format is None or ctx.time_layer is None or ctx.force_formats:

@@ -8,6 +8,7 @@ example's; facts say the same of all positions along them, so they hold at every
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -90,7 +91,7 @@ def _run(node: fx.Node, facts: Facts) -> Any:
         if is_tensor:
             return None
         raise
-    return value if not is_tensor or list(value.shape) == concrete(node) else None
+    return value if not is_tensor or value.numel() == math.prod(concrete(node)) else None
 
 
 def _settle(node: fx.Node, value: Tensor, facts: Facts, rule_of: RuleOf) -> None:

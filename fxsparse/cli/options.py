@@ -70,7 +70,7 @@ def add_build(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--formats", metavar="NAME", default="auto",
-        help=f"how weights are stored: auto, dense or, wherever it fits, {', '.join(FORMATS)} (default: auto)",
+        help=f"how weights are stored: auto, dense or, where it saves work, {', '.join(FORMATS)} (default: auto)",
     )  # fmt: skip
     parser.add_argument("--cache-dir", metavar="DIR", help="folder that keeps the measured times of layers")
 
