@@ -6,7 +6,6 @@ lines: every pixel of 251 floats begins elsewhere in a line, and each of its vec
 
 from __future__ import annotations
 
-import copy
 from typing import cast
 
 import torch
@@ -25,8 +24,8 @@ ROUND_TO = 16  # floats in an AVX-512 register and in a cache line; channels in 
 FASTER = 0.97  # rounded layers must be at least this much faster: less is noise
 
 
-def round_widths(gm: fx.GraphModule, facts: Facts, layout: Layout, ctx: Context) -> None:
-    """Space by space: keep as many dead channels as fill the last register, when the layers that grow then run faster.
+def round_widths(gm: fx.GraphModule, facts: Facts, layout: Layout, ctx: Context) -> Layout:
+    """`layout` with, space by space, as many dead channels as fill the last register, if layers that grow run faster.
 
     What must grow along grows first, such as the rest of a group: what is timed is what is built.
     """
@@ -39,19 +38,12 @@ def round_widths(gm: fx.GraphModule, facts: Facts, layout: Layout, ctx: Context)
             continue
         extra = torch.zeros(size, dtype=torch.bool, device="cpu")
         extra[(~layout.kept[node][dim]).nonzero().flatten()[: rounded - kept]] = True
-        wider = _copy(layout)
+        wider = layout.clone()
         wider.grow(node, dim, extra, f"rounded up to {rounded}: measured faster")
         close(gm, facts, wider)
         if _faster(gm, wider, layout, ctx):
-            vars(layout).update(vars(wider))
-
-
-def _copy(layout: Layout) -> Layout:
-    """One that grows by itself."""
-    wider = copy.copy(layout)
-    wider.kept = {n: [k.clone() for k in kept] for n, kept in layout.kept.items()}
-    wider.cause = {n: [c.clone() for c in cause] for n, cause in layout.cause.items()}
-    return wider
+            layout = wider
+    return layout
 
 
 def _faster(gm: fx.GraphModule, wider: Layout, layout: Layout, ctx: Context) -> bool:

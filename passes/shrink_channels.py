@@ -32,7 +32,7 @@ def plan(gm: fx.GraphModule, ctx: Context) -> list[Decision]:
     facts = analyze(gm, known=ctx.facts)  # fold_constants changed weights, not values
     layout = smallest_layout(gm, facts)
     if ctx.time_layer is not None:
-        round_widths(gm, facts, layout, ctx)
+        layout = round_widths(gm, facts, layout, ctx)
     ctx.facts, ctx.layout = facts, layout
     return [d for node in gm.graph.nodes if node in layout.kept for d in _decide(node, facts, layout)]
 

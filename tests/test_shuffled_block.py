@@ -277,7 +277,7 @@ def test_a_large_padding_around_channels_first_is_refused_to_the_kernel(monkeypa
     """Inside an image it counts with 32 bits."""
     monkeypatch.setattr(op, "LARGEST_IMAGE", 6 * 9 * 11)
     x = torch.randn(2, 6, 7, 9).permute(0, 2, 3, 1)
-    assert [op._in_planes(x, (1, 1)), op._in_planes(x, (1, 2))] == [True, False]
+    assert [op._channels_first(x, (1, 1)), op._channels_first(x, (1, 2))] == [True, False]
 
 
 def test_the_reference_and_the_kernel_agree() -> None:

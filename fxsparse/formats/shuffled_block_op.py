@@ -136,7 +136,7 @@ def _cpu(x: Tensor, *arguments: Any) -> Tensor:
     if in_planes and _planes(y, shape, stride, dilation) > LARGEST_IMAGE:
         return reference(x, *arguments)
     _check_epilogue(x, y.shape, bias, residual, activation)
-    planes = lanes == "rows" and _in_planes(x, padding)
+    planes = lanes == "rows" and _channels_first(x, padding)
     x = x if planes else x.contiguous()
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else residual.contiguous()
@@ -146,7 +146,7 @@ def _cpu(x: Tensor, *arguments: Any) -> Tensor:
     return y
 
 
-def _in_planes(x: Tensor, padding: Pair) -> bool:
+def _channels_first(x: Tensor, padding: Pair) -> bool:
     """Whether x is [N, I, H, W] in memory, which the kernel reads as it is; `in_planes` in shuffled_block_torch.cpp."""
     if x.is_contiguous() or x.dim() != 4 or not x.permute(TO_FIRST).is_contiguous():
         return False
@@ -256,8 +256,8 @@ class ShuffledBlockFormat(Format):
         geometry = [pair(arg(node, n)) for n in names] if is_conv else [[1, 1], [0, 0], [1, 1]]
         with gm.graph.inserting_before(node):
             x = node.all_input_nodes[0]
-            as_given = packed.lanes == "rows" and x.op == "placeholder" and not x.meta["val"].is_cuda
-            x = call(aten.permute.default, (x, TO_LAST)) if is_conv and as_given else channels_last(gm, x, is_conv)
+            as_given = is_conv and packed.lanes == "rows" and x.op == "placeholder" and not x.meta["val"].is_cuda
+            x = call(aten.permute.default, (x, TO_LAST)) if as_given else channels_last(gm, x, is_conv)
             rest: tuple[Any, ...] = (list(packed.shape), *geometry, "none", packed.lanes)
             y = call(shuffled_block, (x, *tensors, arg(node, "bias"), None, *rest))
             return call(aten.permute.default, (y, TO_FIRST)) if is_conv else y

@@ -33,6 +33,14 @@ class Layout:
         self.tied: dict[tuple[tuple[fx.Node, int], tuple[fx.Node, int]], None] = {}  # a set that keeps its order
         self.changed = False
 
+    def clone(self) -> Layout:
+        """One that grows by itself."""
+        own = Layout({})
+        own.kept = {n: [k.clone() for k in kept] for n, kept in self.kept.items()}
+        own.cause = {n: [c.clone() for c in cause] for n, cause in self.cause.items()}
+        own.causes, own.tied, own.changed = list(self.causes), dict(self.tied), self.changed
+        return own
+
     def shape(self, node: fx.Node) -> tuple[int, ...]:
         """Sizes before cutting."""
         return tuple(len(k) for k in self.kept[node])
