@@ -287,6 +287,7 @@ def _context(leaves: list[Any], times: LayerTimes, options: Options) -> Context:
     return Context(
         time_layer=times if timed else None,
         time_format=times.of_format if timed else None,
+        time_turn=times.of_turn if timed else None,
         batch=times.batch,
         standard_operators=options.target.standard_operators,
         formats=(options.formats,) if forced else names,

@@ -33,6 +33,7 @@ from fxsparse.formats.n_m_op import n_m_into
 from fxsparse.formats.shuffled_block import ShuffledBlock
 from fxsparse.formats.shuffled_block_layer import fold
 from fxsparse.formats.shuffled_block_op import as_run, multiply, pair, shuffled_block_into
+from fxsparse.formats.turned import turned
 from fxsparse.ir.files import replacing
 from fxsparse.ir.graph import arg, aten
 from fxsparse.ir.symbols import concrete
@@ -172,6 +173,18 @@ class LayerTimes:
         scattered  with its rows where they are; else, on a CPU, as if they were in order
         """
         return self._look_up(_packed_case(packed, node, self.batch, summed, scattered))
+
+    def of_turn(self, node: fx.Node, features_first: bool) -> float:
+        """Seconds to put the features of `node` [..., I] first, or last again, on a GPU, at the batch given."""
+        val, shape = node.meta["val"], concrete(node, self.batch)
+        flat = [math.prod(shape[:-1]), shape[-1]][:: 1 if features_first else -1]
+        key = ("turned", triton_digest(), *flat, features_first, *_kind(val))
+
+        def make() -> Build:
+            x = _filled(flat, val)
+            return lambda: turned(x, features_first)
+
+        return self._look_up(_Case.on(val.device, key, make))
 
     def _look_up(self, case: _Case) -> float:
         key = str(case.key)

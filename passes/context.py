@@ -14,12 +14,16 @@ from fxsparse.ir.layout import Layout
 # seconds for one convolution or linear node cut to (rows, columns)
 LayerTimer = Callable[[fx.Node, int, int], float]
 
+# seconds to turn a value on a GPU: features first, or last again
+TurnTimer = Callable[[fx.Node, bool], float]
+
 
 class FormatTimer(Protocol):
     """Seconds for one such node with a packed weight.
 
     summed     with the sum that follows it
     scattered  with its rows where they are, else as if they were in order
+    A linear layer in shuffled blocks on a GPU is timed with features first, x and y: see `TurnTimer`.
     """
 
     def __call__(self, node: fx.Node, packed: Any, summed: bool = False, scattered: bool = False) -> float: ...
@@ -35,6 +39,7 @@ class Context:
     force_formats  choose a format wherever one fits, whatever it takes: for tests
     standard_operators  formats will be expanded: their work is counted so, and their groups are put in that order
     batch        samples of the example, which layers are timed with
+    time_turn    measures what such a layer's neighbors cost it, on a GPU; None: nothing
     facts, layout   what the last analysis found; the report reads them
     """
 
@@ -44,5 +49,6 @@ class Context:
     force_formats: bool = False
     standard_operators: bool = False
     batch: int = 1
+    time_turn: TurnTimer | None = None
     facts: Facts | None = None
     layout: Layout | None = None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fxsparse
 from fxsparse.formats.semi_structured_search import search
+from fxsparse.kernels.triton import shuffled_block_transposed
 from tests.test_gpu import exact_of, packed_mlp, packed_model
 from tests.test_shuffled_block import allowed, blocks
 from tests.test_storage import integers
@@ -130,3 +131,17 @@ def test_a_search_that_dies_leaves_this_process_its_gpu(shape: tuple[int, int, i
     found = search(*shape, torch.bfloat16, torch.device("cuda", 0))
     assert found > 0 or not searched
     assert float(torch.ones(3, device="cuda").sum()) == 3
+
+
+def test_offsets_into_x_beyond_31_bits() -> None:
+    tokens, width = 32768, 66000
+    rows, columns = torch.arange(16), torch.tensor([0, 40000, width - 1])
+    arrays = [
+        rows.int(), torch.tensor([0, 16]).int(), columns.int(), torch.tensor([0, 3]).int(),
+        torch.ones(48, dtype=torch.bfloat16), torch.tensor([0, 48]),
+    ]  # fmt: skip
+    x = torch.zeros(width, tokens, dtype=torch.bfloat16, device="cuda")
+    x[columns] = torch.tensor([[1.0], [2.0], [4.0]], dtype=x.dtype, device="cuda")
+    assert x.numel() > 2**31
+    y = shuffled_block_transposed(x, *(t.cuda() for t in arrays), out_features=16)
+    assert bool((y == 7).all())

@@ -286,7 +286,7 @@ def compiled(name: str, cache: str, dtype: str, precision: str, capability: int)
     kernel = getattr(import_module(f"fxsparse.kernels.triton.{name}"), name)
     constants: dict[str, Any] = {
         "KERNEL_H": 3, "KERNEL_W": 3, "BORDER": True, "ACTIVATION": "gelu", "PRECISION": precision, "WIDEN": False,
-        "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "bias": None,
+        "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "bias": None, "WIDE": False, "SPAN": 8, "VECTOR": 8,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = dict.fromkeys(["x", "values", "y", "residual"], f"*{dtype}") | {"value_ptr": "*i64"}

@@ -10,8 +10,9 @@ would store each to a line of its own, so a kernel of ours turns the matrix in b
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import fx
@@ -21,6 +22,13 @@ from fxsparse.formats.n_m_op import n_m
 from fxsparse.formats.shuffled_block_op import shuffled_block
 from fxsparse.formats.turned import turned
 from fxsparse.ir.graph import arg, aten, call_nodes, erase_unused, flat, on_gpu
+
+
+class Turns(NamedTuple):
+    """What a packed linear layer has turned: a share of its x, which other such layers may read too, and its y."""
+
+    x: float
+    y: bool
 
 
 def placed(gm: fx.GraphModule) -> fx.GraphModule:
@@ -66,6 +74,19 @@ def _settle(gm: fx.GraphModule) -> None:
                 y = call(turned, (layer, False))
             for user in others:
                 user.replace_input_with(last, y)
+
+
+def turns(gm: fx.GraphModule, layers: Collection[fx.Node]) -> dict[fx.Node, Turns]:
+    """What will be turned around these linear layers, if they and no others are packed in shuffled blocks."""
+    between = _between(gm, layers, layers)
+    readers = Counter(layer.args[0] for layer in layers)
+
+    def of(layer: fx.Node) -> Turns:
+        x = cast(fx.Node, layer.args[0])
+        first = 0.0 if x in between or x in layers else 1 / readers[x]
+        return Turns(first, any(u not in between and u not in layers for u in layer.users))
+
+    return {layer: of(layer) for layer in layers}
 
 
 def _between(gm: fx.GraphModule, results: Collection[fx.Node], inputs: Collection[fx.Node]) -> set[fx.Node]:

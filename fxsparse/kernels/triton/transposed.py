@@ -6,8 +6,10 @@ A kept column is a whole row of x [I, tokens] here, so gathering takes 16 bytes 
 may lie anywhere. With x [tokens, I] neighbors of a column are other columns, and on an H200 that kernel
 (`shuffled_block.py`) ran at a tenth of this one's speed.
 
-A program owns BLOCK_N rows of one group and BLOCK_M tokens. Groups run fastest over the program ids, so that programs
-that read the same tokens run together.
+A program owns BLOCK_N rows of one group and BLOCK_M tokens. Programs that run together share tokens and weights: ids
+run over SPAN tiles of tokens, then over groups. What takes time between two products is less memory than working out
+addresses (an H200's counters, docs/architecture.md). So 32 bits count where they can, and tokens and lanes that a tile
+has too many of have no mask: what is read for them is never stored.
 """
 
 from typing import Any
@@ -22,32 +24,46 @@ from fxsparse.kernels.triton import Tiles
 from fxsparse.kernels.triton.shuffled_block import INTERPRETED, _activate, _extent, config, precision
 
 MULTIPROCESSORS = 132  # of an H100 or H200; others differ by little
+SPAN = 8  # tiles of tokens
+MANY = 768  # columns of a group, for which longer rounds pay
+VECTOR = 8  # elements that are fetched at once, if x and values lie so
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def transposed(
     x: tensor, rows: tensor, row_ptr: tensor, columns: tensor, column_ptr: tensor, values: tensor, value_ptr: tensor,
     bias: tensor, y: tensor, tokens: tensor, groups: tensor, rows_per_group: tensor,
-    ACTIVATION: constexpr, PRECISION: constexpr, WIDEN: constexpr,
+    ACTIVATION: constexpr, PRECISION: constexpr, WIDEN: constexpr, WIDE: constexpr, SPAN: constexpr, VECTOR: constexpr,
     BLOCK_M: constexpr, BLOCK_N: constexpr, BLOCK_K: constexpr,
 ) -> tensor:  # fmt: skip
-    """Tensors as in `shuffled_block_transposed`; `bias` may be None; one program id per tile."""
+    """Tensors as in `shuffled_block_transposed`; `bias` may be None; WIDE: x has more elements than 31 bits count."""
     slots = tl.cdiv(rows_per_group, BLOCK_N)
     pid = tl.program_id(0)
-    group = pid // slots % groups
-    token = pid // (slots * groups) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_row, row_count, first_column, column_count, start, lanes = _extent(group, row_ptr, column_ptr, value_ptr)
-    for row0 in range(pid % slots * BLOCK_N, row_count, slots * BLOCK_N):
+    first_tile = pid // (SPAN * slots * groups) * SPAN
+    tiles = min(tl.cdiv(tokens, BLOCK_M) - first_tile, SPAN)
+    pid = pid % (SPAN * slots * groups)
+    token = (first_tile + pid % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    slot = pid // tiles
+    first_row, row_count, first_column, column_count, start, lanes = _extent(
+        slot // slots, row_ptr, column_ptr, value_ptr
+    )
+    across = x + tl.max_contiguous(tl.multiple_of(token % tokens, VECTOR), VECTOR)
+    for row0 in range(slot % slots * BLOCK_N, row_count, slots * BLOCK_N):
         lane = row0 + tl.arange(0, BLOCK_N)
         z = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        k = tl.arange(0, BLOCK_K)
+        column = tl.load(columns + first_column + k, mask=k < column_count, other=0)
+        stored = values + start + tl.max_contiguous(tl.multiple_of(lane % lanes, VECTOR), VECTOR)[None, :]
+        stored += k[:, None] * lanes
         for column0 in range(0, column_count, BLOCK_K):
             k = column0 + tl.arange(0, BLOCK_K)
             valid = (k < column_count)[:, None]
-            column = tl.load(columns + first_column + k, mask=k < column_count, other=0).to(tl.int64)
-            read = column[:, None] * tokens + token[None, :]
-            tile = tl.load(x + read, mask=valid & (token < tokens)[None, :], other=0.0)
-            stored = start + k[:, None] * lanes + lane[None, :]
-            weight = tl.load(values + stored, mask=valid & (lane < lanes)[None, :], other=0.0)
+            down = (column.to(tl.int64) if WIDE else column) * tokens
+            tile = tl.load(across[None, :] + down[:, None], mask=valid, other=0.0)
+            weight = tl.load(stored, mask=valid, other=0.0)
+            stored += BLOCK_K * lanes
+            # A round ahead: where an address was loaded in the same round, Triton's pipeline has half as many stages.
+            column = tl.load(columns + first_column + k + BLOCK_K, mask=k + BLOCK_K < column_count, other=0)
             if WIDEN:
                 tile = tile.to(tl.float32)
                 weight = weight.to(tl.float32)
@@ -61,15 +77,18 @@ def transposed(
         tl.store(y + written, z, mask=valid_row[:, None] & (token < tokens)[None, :])
 
 
-def choose_tiles(tokens: int, groups: int, rows_per_group: int, dtype: torch.dtype) -> Tiles:
+def choose_tiles(tokens: int, groups: int, rows_per_group: int, columns_per_group: int, dtype: torch.dtype) -> Tiles:
     """Tiles by rule, after what was fastest of a dozen on an H200 (docs/architecture.md)."""
     rows = min(128, max(16, triton.next_power_of_2(rows_per_group)))
+    many = columns_per_group >= MANY
     if dtype == torch.float32:
-        return Tiles(64 if rows == 128 else 128, rows, 32, 8 if rows >= 64 else 4)
-    programs = groups * triton.cdiv(rows_per_group, rows)
-    wide, waves = (128, 1) if rows == 128 else (256, 4)
-    enough = triton.cdiv(tokens, wide) * programs >= waves * MULTIPROCESSORS
-    return Tiles(wide if enough else 64, rows, 64, 4, 4)
+        wide = {128: Tiles(64, 128, 32, 8, 2), 64: Tiles(128, 64, 16), 32: Tiles(128, 32, 32, 4, 2)}
+    else:
+        wide = {128: Tiles(128, 128, 64 if many else 32), 64: Tiles(256 if many else 128, 64, 32)}
+        wide[32] = Tiles(128, 32, 128, 4, 2)
+    tiles = wide.get(rows, Tiles(256, 16, 32, 4, 4))
+    programs = groups * triton.cdiv(rows_per_group, rows) * triton.cdiv(tokens, tiles.pixels)
+    return tiles if programs > MULTIPROCESSORS // 2 else tiles._replace(pixels=64)
 
 
 def launch(
@@ -78,10 +97,12 @@ def launch(
     """Write every packed row of `y`. Arguments are those of `shuffled_block_transposed`, checked; nothing is empty."""
     tokens, groups = x.shape[1], packed[1].numel() - 1
     rows_per_group = triton.cdiv(packed[0].numel(), groups)
-    tiles = tiles or choose_tiles(tokens, groups, rows_per_group, x.dtype)
+    tiles = tiles or choose_tiles(tokens, groups, rows_per_group, packed[2].numel() // groups, x.dtype)
     meta: dict[str, Any] = config(tiles).all_kwargs()
     # The interpreter multiplies bfloat16 as if its bits were integers (Triton 3.8).
     meta |= {"ACTIVATION": activation, "PRECISION": precision(), "WIDEN": INTERPRETED and x.dtype == torch.bfloat16}
+    vector = next(v for v in (VECTOR, 4, 2, 1) if tokens % v == 0)
+    meta |= {"WIDE": x.numel() >= 2**31, "SPAN": SPAN, "VECTOR": vector}
     grid = (triton.cdiv(tokens, tiles.pixels) * groups * triton.cdiv(rows_per_group, tiles.rows),)
     with torch.cuda.device_of(x):
         transposed[grid](x, *packed, bias, y, tokens, groups, rows_per_group, **meta)
