@@ -7,25 +7,28 @@ from torch import Tensor, nn
 
 
 class DecodeStep(nn.Module):
-    """`LlamaForCausalLM` of transformers, random weights, 32 million in 8 layers; 255 tokens were read before."""
+    """`LlamaForCausalLM` of transformers, random weights, 32 million in 8 layers; 255 tokens were read before.
 
-    def __init__(self, layers: int = 8) -> None:
+    head    width of a head
+    shared  heads that read the same keys
+    """
+
+    def __init__(self, layers: int = 8, width: int = 512, inner: int = 1408, head: int = 64, shared: int = 2) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         super().__init__()
         self.config = LlamaConfig(
-            vocab_size=8192, hidden_size=512, intermediate_size=1408, num_hidden_layers=layers, num_attention_heads=8,
-            num_key_value_heads=4, head_dim=64, max_position_embeddings=256,
+            vocab_size=8192, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, head_dim=head,
+            num_attention_heads=width // head, num_key_value_heads=width // head // shared, max_position_embeddings=256,
         )  # fmt: skip
         self.decoder = LlamaForCausalLM(self.config)
+        self.past = (layers, width // head // shared, 255, head)
 
     def example_inputs(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [batch, 1], keys and values [batch, layers, key heads, past, head width]."""
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(8192, (batch, 1), generator=generator)
-        keys, values = (
-            torch.randn(batch, self.config.num_hidden_layers, 4, 255, 64, generator=generator) for _ in range(2)
-        )
+        keys, values = (torch.randn(batch, *self.past, generator=generator) for _ in range(2))
         return tokens, keys, values
 
     def forward(self, tokens: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:

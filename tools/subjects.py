@@ -16,7 +16,11 @@ from tools.recipes import RECIPES, randomize_batch_norm
 from tools.transformer_recipes import heads_and_neurons
 
 Inputs = tuple[Tensor, ...]
-OWN_MODELS: dict[str, Callable[[], DecodeStep | Prefill]] = {"decode_step": DecodeStep, "prefill": Prefill}
+OWN_MODELS: dict[str, Callable[[], DecodeStep | Prefill]] = {
+    "decode_step": DecodeStep,
+    "decode_wide": lambda: DecodeStep(2, 4096, 14336, 128, 4),  # as wide as an 8-billion-parameter LLaMA
+    "prefill": Prefill,
+}
 
 
 def build_model(name: str) -> nn.Module:

@@ -88,7 +88,8 @@ def choose_tiles(tokens: int, groups: int, rows_per_group: int, columns_per_grou
         wide[32] = Tiles(128, 32, 128, 4, 2)
     tiles = wide.get(rows, Tiles(256, 16, 32, 4, 4))
     programs = groups * triton.cdiv(rows_per_group, rows) * triton.cdiv(tokens, tiles.pixels)
-    return tiles if programs > MULTIPROCESSORS // 2 else tiles._replace(pixels=64)
+    few = max(16, triton.next_power_of_2(tokens))
+    return tiles._replace(pixels=min(few, tiles.pixels if programs > MULTIPROCESSORS // 2 else 64))
 
 
 def launch(
