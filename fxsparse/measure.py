@@ -31,6 +31,8 @@ from fxsparse.formats import semi_structured, shuffled_block_gpu
 from fxsparse.formats.n_m import NM, unpack
 from fxsparse.formats.n_m_op import n_m_into
 from fxsparse.formats.shuffled_block import ShuffledBlock
+from fxsparse.formats.shuffled_block_few import FEW
+from fxsparse.formats.shuffled_block_gpu import from_memory
 from fxsparse.formats.shuffled_block_layer import fold
 from fxsparse.formats.shuffled_block_op import as_run, multiply, pair, shuffled_block_into
 from fxsparse.formats.turned import turned
@@ -257,8 +259,11 @@ class _Case:
             key = ("linear or onednn", tuple(shape), rows, *_kind(weight))
 
             def make() -> Build:
-                return _linear(_filled(shape, weight), _filled([rows, columns], weight))
+                x, w = _filled(shape, weight), _filled([rows, columns], weight)
+                return from_memory(functools.partial(torch.nn.functional.linear, x), w) if few else _linear(x, w)
 
+            few = weight.is_cuda and math.prod(shape[:-1]) <= FEW
+            key = (*key, "from memory") if few else key
             return _Case.on(weight.device, key, make) if weight.is_cuda else _Case.of_product(key, make, shape)
         return _convolution(node, shape, weight, rows, columns)
 

@@ -5,6 +5,7 @@ Fake tensors stand for a device where shapes are enough. Marked `gpu`: the real 
 
 from __future__ import annotations
 
+import copy
 import itertools
 from importlib import import_module
 from typing import Any
@@ -26,13 +27,14 @@ from fxsparse.errors import InputError, TargetError
 from fxsparse.formats import FORMATS
 from fxsparse.formats.gpu import for_gpu
 from fxsparse.formats.shuffled_block import pack
+from fxsparse.formats.shuffled_block_few import few
 from fxsparse.formats.shuffled_block_gpu import tiled, transposed
 from fxsparse.formats.turned import turned
 from fxsparse.ir.capture import capture
 from fxsparse.ir.graph import aten, call_nodes, clone, flat, get_tensor, set_tensor
 from fxsparse.ir.inputs import CUDNN_BATCH, Call, exported
 from fxsparse.ir.masks import Masks
-from fxsparse.kernels.triton import ACTIVATIONS, Tiles, shuffled_block_transposed
+from fxsparse.kernels.triton import ACTIVATIONS, FEW_COLUMNS, Tiles, shuffled_block_few, shuffled_block_transposed
 from fxsparse.kernels.triton import turned as turn
 from fxsparse.package import aoti
 from fxsparse.passes import Context, choose_again, choose_formats
@@ -128,6 +130,8 @@ def test_a_row_in_no_group_is_refused() -> None:
 
 def test_tokens_first_are_refused_with_the_way_out() -> None:
     arrays = tiled(pack(blocks((20, 8), 16, 0.5, 0)))
+    with pytest.raises(InputError, match=r"\[tokens, I\]; got .*\n  Flatten what is not features"):
+        shuffled_block_few(torch.zeros(3, 1, 8), *arrays, out_features=20)
     with pytest.raises(
         InputError, match=r"\[I, tokens\]; got .*not contiguous.\n  Tokens lie side by side here: x.t\(\)"
     ):
@@ -166,6 +170,7 @@ def test_the_operator_keeps_the_rules_of_torch_library() -> None:
             arguments = (torch.randn(8, 2, 5, dtype=dtype), *arrays, bias, 20, "gelu")
             tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
             torch.library.opcheck(transposed, arguments, test_utils=tests)
+        torch.library.opcheck(few, (torch.randn(2, 1, 8, dtype=dtype), *arrays, 20), test_utils=tests)
 
 
 # ------------------------------------------------------------ graphs
@@ -231,11 +236,11 @@ def gated(layers: Any, x: Tensor) -> Tensor:
     return y
 
 
-@pytest.mark.parametrize("shape", [(3, 5, 64), (7, 64), (64,)])
+@pytest.mark.parametrize("shape", [(3, 5, 64), (7, 64)])
 def test_only_what_is_not_elementwise_is_turned(shape: tuple[int, ...]) -> None:
     model = Of(gated, norm=nn.LayerNorm(64), a=linear(64, 256), b=linear(64, 256), c=linear(256, 64)).eval()
-    x, options = integers(*shape), {"formats": "shuffled_block", "measure": False, "dynamic_batch": len(shape) > 1}
-    fast = fxsparse.compile(model, target="eager", example_inputs=x, **options)  # type: ignore[arg-type]
+    x = integers(*shape)
+    fast = fxsparse.compile(model, target="eager", example_inputs=x, formats="shuffled_block", measure=False)
     gm = for_gpu(flat(fast.graph_module))
     assert len(list(call_nodes(gm, transposed))) == 3
     there, back = call_nodes(gm, turned)
@@ -251,7 +256,7 @@ def test_what_is_read_in_both_ways_is_turned_for_one_of_them() -> None:
         return layers["b"](y), y + 1
 
     model = Of(forward, a=linear(64, 256), b=linear(256, 64)).eval()
-    x = integers(3, 64)
+    x = integers(30, 64)
     fast = fxsparse.compile(model, target="eager", example_inputs=x, formats="shuffled_block", measure=False)
     gm = for_gpu(flat(fast.graph_module))
     assert [n.args[1] for n in call_nodes(gm, turned)].count(True) == 2
@@ -267,9 +272,58 @@ def test_a_sum_with_what_has_features_last_is_made_in_that_order() -> None:
 
     model = Of(forward, norm=nn.LayerNorm(64), a=linear(64, 64), b=linear(64, 256)).eval()
     options: dict[str, Any] = {"formats": "shuffled_block", "measure": False}
-    fast = fxsparse.compile(model, target="eager", example_inputs=integers(3, 64), **options)
+    fast = fxsparse.compile(model, target="eager", example_inputs=integers(30, 64), **options)
     gm = for_gpu(flat(fast.graph_module))
     assert [n.args[1] for n in call_nodes(gm, turned)] == [True, False, True, False]
+
+
+@pytest.mark.parametrize("shape", [(64,), (1, 64), (2, 1, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_for_few_tokens_nothing_is_turned(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    model = Of(gated, norm=nn.LayerNorm(64), a=linear(64, 256), b=linear(64, 256), c=linear(256, 64)).eval().to(dtype)
+    x, options = integers(*shape).to(dtype), {"formats": "shuffled_block", "dynamic_batch": len(shape) > 1}
+    fast = fxsparse.compile(model, target="eager", example_inputs=x, measure=False, **options)  # type: ignore[arg-type]
+    gm = for_gpu(flat(fast.graph_module))
+    assert len(list(call_nodes(gm, few))) == 3
+    assert not list(call_nodes(gm, turned, transposed))
+    for tokens in (x, integers(7, *shape[1:]).to(dtype)) if len(shape) > 1 else (x,):
+        own, exact = exact_of(copy.deepcopy(model), tokens)
+        assert gm(tokens)[0].dtype == dtype
+        assert float((gm(tokens)[0].double() - exact).abs().max()) <= allowed(own, exact)
+
+
+def errors_of_few(
+    shape: tuple[int, int, int], rows: int, density: float, dtype: torch.dtype, device: str
+) -> tuple[float, float, int]:
+    """The kernel's largest error, what is allowed, and how many parts it has. Runs in the device's process."""
+    out_features, width, tokens = shape
+    weight = blocks((out_features, width), rows, density, 0).to(dtype)
+    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(1)).to(dtype)
+    arrays = [t.to(device) for t in tiled(pack(weight))]
+    parts = shuffled_block_few(x.to(device), *arrays, out_features=out_features)
+    assert (parts.shape[1:], parts.dtype) == ((tokens, out_features), torch.float32)
+    exact = F.linear(x.double(), weight.double())
+    error = (parts.sum(0).to(dtype).cpu().double() - exact).abs()
+    return float(error.max()) if tokens else 0.0, allowed(F.linear(x, weight), exact), len(parts)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_few_tokens_agree_with_float64(run: Run, data: st.DataObject) -> None:
+    arguments = (
+        data.draw(st.tuples(st.integers(1, 200), st.integers(1, 900), st.integers(0, 6))),
+        data.draw(st.sampled_from([5, 16, 64, 130])),
+        data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])),
+        data.draw(st.sampled_from(DTYPES)),
+    )
+    error, most, _ = run(errors_of_few, *arguments)
+    assert error <= most, arguments
+
+
+def test_long_groups_are_cut_into_parts(run: Run) -> None:
+    error, most, parts = run(errors_of_few, (64, 2000, 1), 64, 0.5, torch.bfloat16)
+    assert error <= most
+    assert parts == 1000 // (2 * FEW_COLUMNS) + 1
 
 
 def turns(shape: tuple[int, int], dtype: torch.dtype, device: str) -> bool:

@@ -15,7 +15,10 @@ import torchvision
 from torch import Tensor, nn
 
 import fxsparse
+from fxsparse.formats.gpu import for_gpu
 from fxsparse.formats.semi_structured_search import search
+from fxsparse.formats.shuffled_block_few import few
+from fxsparse.ir.graph import call_nodes, flat
 from fxsparse.kernels.triton import shuffled_block_transposed
 from tests.test_gpu import exact_of, packed_mlp, packed_model
 from tests.test_shuffled_block import allowed, blocks
@@ -45,7 +48,19 @@ def normed() -> nn.Module:
 def test_packed_layers_on_a_gpu(dtype: torch.dtype, target: str) -> None:
     fast, x = packed_mlp(dtype, "cuda", target)
     assert [r.stored for r in fast.report.rows] == ["shuffled_block"] * 2
-    for tokens in (x, integers(7, 5, 64).to("cuda", dtype), integers(40, 5, 64).to("cuda", dtype)):
+    for tokens in (x, *(integers(n, 5, 64).to("cuda", dtype) for n in (7, 40))):
+        own, exact = exact_of(packed_model().to("cuda", dtype), tokens)
+        assert float((fast(tokens).double() - exact).abs().max()) <= allowed(own, exact)
+
+
+@pytest.mark.parametrize("target", ["eager", "inductor"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_packed_layer_of_few_tokens_on_a_gpu(dtype: torch.dtype, target: str) -> None:
+    model = packed_model().to("cuda", dtype)
+    x = integers(2, 1, 64).to("cuda", dtype)
+    fast = fxsparse.compile(model, target=target, example_inputs=x, formats="shuffled_block", measure=False)
+    assert len(list(call_nodes(for_gpu(flat(fast.graph_module)), few))) == 2
+    for tokens in (x, *(integers(n, 1, 64).to("cuda", dtype) for n in (1, 7, 40))):
         own, exact = exact_of(packed_model().to("cuda", dtype), tokens)
         assert float((fast(tokens).double() - exact).abs().max()) <= allowed(own, exact)
 

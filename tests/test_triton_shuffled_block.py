@@ -287,6 +287,7 @@ def compiled(name: str, cache: str, dtype: str, precision: str, capability: int)
     constants: dict[str, Any] = {
         "KERNEL_H": 3, "KERNEL_W": 3, "BORDER": True, "ACTIVATION": "gelu", "PRECISION": precision, "WIDEN": False,
         "BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "bias": None, "WIDE": False, "SPAN": 8, "VECTOR": 8,
+        "TOKENS": 1,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     types = dict.fromkeys(["x", "values", "y", "residual"], f"*{dtype}") | {"value_ptr": "*i64"}
@@ -308,6 +309,11 @@ def test_it_compiles_to_tensor_cores_and_to_tf32_only_when_told(native: Run, tmp
     ptx = {arguments: native(compiled, name, str(tmp_path), *arguments) for arguments in wanted}
     found = {key: set(re.findall(r"(w?g?mma)\.\S*?(f16\.f16|bf16\.bf16|tf32\.tf32)", ptx[key])) for key in ptx}
     assert found == wanted
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler for NVIDIA comes with Linux builds only")
+def test_values_for_few_tokens_are_fetched_ahead(native: Run, tmp_path: Path) -> None:
+    assert "cp.async" in native(compiled, "few", str(tmp_path), "bf16", "ieee", 90)
 
 
 def precision(allowed: bool, device: str) -> str:

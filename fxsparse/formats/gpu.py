@@ -19,6 +19,7 @@ from torch import fx
 
 from fxsparse.formats import semi_structured, shuffled_block_gpu
 from fxsparse.formats.n_m_op import n_m
+from fxsparse.formats.shuffled_block_few import has_few
 from fxsparse.formats.shuffled_block_op import shuffled_block
 from fxsparse.formats.turned import turned
 from fxsparse.ir.graph import arg, aten, call_nodes, erase_unused, flat, on_gpu
@@ -77,7 +78,11 @@ def _settle(gm: fx.GraphModule) -> None:
 
 
 def turns(gm: fx.GraphModule, layers: Collection[fx.Node]) -> dict[fx.Node, Turns]:
-    """What will be turned around these linear layers, if they and no others are packed in shuffled blocks."""
+    """What will be turned around these linear layers, if they and no others are packed in shuffled blocks.
+
+    Layers of few tokens are left out: nothing is turned there.
+    """
+    layers = [layer for layer in layers if not has_few(layer)]
     between = _between(gm, layers, layers)
     readers = Counter(layer.args[0] for layer in layers)
 

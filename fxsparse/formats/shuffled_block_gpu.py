@@ -9,6 +9,7 @@ that keep the same columns are one: CPUs cut those, for several threads.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -19,6 +20,8 @@ from torch import Tensor, fx
 from fxsparse.formats.operator import LIBRARY, TAGS
 from fxsparse.formats.shuffled_block import ARRAYS, ShuffledBlock, pack, unpack
 from fxsparse.formats.shuffled_block_aten import ACTIVATIONS
+from fxsparse.formats.shuffled_block_few import FEW, few, has_few
+from fxsparse.formats.shuffled_block_few import lower as lower_few
 from fxsparse.formats.shuffled_block_op import shuffled_block
 from fxsparse.formats.turned import turned
 from fxsparse.ir.graph import arg, aten, get_tensor, new_weight, weight_of
@@ -32,6 +35,7 @@ LIBRARY.define(
 )
 transposed = torch.ops.fxsparse.shuffled_block_transposed.default
 ALIGNED = 16  # tokens
+CACHE, MOST_COPIES = 128 << 20, 20  # bytes that leave nothing else in a GPU's; what else would take its memory
 _ARRAYS = ("rows", "row_ptr", "columns", "column_ptr", "values", "value_ptr")  # in the order the kernel takes them
 
 
@@ -49,13 +53,27 @@ def tiled(packed: ShuffledBlock) -> tuple[Tensor, ...]:
 
 
 def run(packed: ShuffledBlock, x: Tensor, geometry: dict[str, Any]) -> Callable[[], Tensor]:
-    """The product of `packed` and x [..., I] alone, to time it; of a linear layer without turning x or y."""
+    """The product of `packed` and x [..., I] alone, to time it; of a linear layer without turning x or y.
+
+    Few tokens multiply values that come from memory, as in a network of many layers.
+    """
     if len(packed.shape) == 4:
         windows = [geometry[name] for name in ("stride", "padding", "dilation")]
         rest = (*(t.to(x.device) for t in packed.tensors), None, None, list(packed.shape), *windows, "none", "rows")
         return lambda: cast(Tensor, shuffled_block(x, *rest))
-    arrays, first = [t.to(x.device) for t in tiled(packed)], turned(x.reshape(-1, x.shape[-1]), True)
+    arrays, flat = [t.to(x.device) for t in tiled(packed)], x.reshape(-1, x.shape[-1])
+    if len(flat) <= FEW:
+        *indices, values, ends = arrays
+        return from_memory(lambda v: few(flat, *indices, v, ends, packed.shape[0]).sum(0), values)
+    first = turned(flat, True)
     return lambda: cast(Tensor, transposed(first, *arrays, None, packed.shape[0], "none"))
+
+
+def from_memory(multiply: Callable[[Tensor], Tensor], weight: Tensor) -> Callable[[], Tensor]:
+    """Calls with copies of `weight` in turns, so many of them that none is still in a GPU's cache."""
+    copies = [weight.clone() for _ in range(min(1 + CACHE // max(weight.nbytes, 1), MOST_COPIES))]
+    at = itertools.count()
+    return lambda: multiply(copies[next(at) % len(copies)])
 
 
 def lower(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
@@ -70,6 +88,8 @@ def lower(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     ]
     call: Any = gm.graph.call_function
     with gm.graph.inserting_before(node):
+        if has_few(node):
+            return lower_few(gm, node, arrays)
         x = cast(fx.Node, node.args[0])
         if x.target is aten.contiguous.default:  # of tokens, that lie far apart here
             x = cast(fx.Node, x.args[0])

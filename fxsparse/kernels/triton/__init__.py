@@ -21,8 +21,16 @@ Pair = tuple[int, int]
 WHERE = "shuffled block kernel for CUDA"
 LARGEST_WINDOW = 63  # height + width: a bit each
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FEW_ROWS, FEW_COLUMNS = 64, 128  # a program's at a time, of a layer of one token; of more half as many rows
+PROGRAMS = 528  # that leave no part of an H100 or H200 idle: four for each of its multiprocessors
 PACKED = {"rows": torch.int32, "row_ptr": torch.int32, "columns": torch.int32, "column_ptr": torch.int32,
           "values": None, "value_ptr": torch.int64}  # fmt: skip
+# what x may be, and how it becomes so
+_LAYOUTS = {
+    "[N, H, W, I]": "A channels_last tensor becomes one without a copy: x.permute(0, 2, 3, 1).",
+    "[I, tokens]": "Tokens lie side by side here: x.t().contiguous() of [tokens, I].",
+    "[tokens, I]": "Flatten what is not features: x.flatten(0, -2).contiguous().",
+}
 
 
 class Tiles(NamedTuple):
@@ -121,14 +129,38 @@ def shuffled_block_transposed(
     packed = (rows, row_ptr, columns, column_ptr, values, value_ptr)
     _check_packed(x, packed, "[I, tokens]")
     _check_epilogue(x, bias, None, activation, torch.Size([out_features]))
-    if rows.numel() != out_features:
-        do = "Put rows without weights into a group without columns."
-        raise InputError("rows", expected=f"{out_features} rows", got=f"{rows.numel()}", do=do)
+    _check_rows(rows, out_features)
     kernels = _load("transposed", x)
     y = x.new_empty(out_features, x.shape[1])
     if y.numel():
         kernels.launch(x, packed, bias, y, activation, tiles)
     return y
+
+
+def shuffled_block_few(
+    x: Tensor, rows: Tensor, row_ptr: Tensor, columns: Tensor, column_ptr: Tensor, values: Tensor, value_ptr: Tensor,
+    *, out_features: int,
+) -> Tensor:  # fmt: skip
+    """The packed weight times x [tokens, I] in parts to be summed: float32 [few_parts(...), tokens, out_features].
+
+    For so few tokens that reading the weight takes the time. The rest is as for `shuffled_block_transposed`.
+    """
+    packed = (rows, row_ptr, columns, column_ptr, values, value_ptr)
+    _check_packed(x, packed, "[tokens, I]")
+    _check_rows(rows, out_features)
+    kernels = _load("few", x)
+    y = x.new_empty(few_parts(rows, row_ptr, columns), x.shape[0], out_features, dtype=torch.float32)
+    if y.numel():
+        kernels.launch(x, packed, y)
+    return y
+
+
+def few_parts(rows: Tensor, row_ptr: Tensor, columns: Tensor) -> int:
+    """Into how many parts `shuffled_block_few` cuts the columns of each group of these vectors."""
+    groups = max(row_ptr.numel() - 1, 1)
+    programs = groups * -(-rows.numel() // (groups * FEW_ROWS))
+    rounds = -(-columns.numel() // (groups * FEW_COLUMNS))
+    return max(1, min(-(-PROGRAMS // max(programs, 1)), rounds // 2))
 
 
 def turned(x: Tensor) -> Tensor:
@@ -163,10 +195,8 @@ def _load(name: str, x: Tensor) -> Any:
 
 def _check_packed(x: Tensor, packed: tuple[Tensor, ...], shape: str) -> None:
     if x.dim() != shape.count(",") + 1 or x.dtype not in DTYPES or not x.is_contiguous():
-        do = "Tokens lie side by side here: x.t().contiguous() of [tokens, I]."
-        if "H" in shape:
-            do = "A channels_last tensor becomes one without a copy: x.permute(0, 2, 3, 1)."
-        raise InputError("x", expected=f"contiguous float16, bfloat16 or float32 {shape}", got=_kind(x), do=do)
+        expected = f"contiguous float16, bfloat16 or float32 {shape}"
+        raise InputError("x", expected=expected, got=_kind(x), do=_LAYOUTS[shape])
     for (name, dtype), tensor in zip(PACKED.items(), packed, strict=True):
         dtype = dtype or x.dtype
         if tensor.dtype != dtype or tensor.dim() != 1 or not tensor.is_contiguous() or tensor.device != x.device:
@@ -177,6 +207,12 @@ def _check_packed(x: Tensor, packed: tuple[Tensor, ...], shape: str) -> None:
         do = "Each says where every group begins, and at last where the last one ends."
         expected = "three vectors of length groups + 1"
         raise InputError("row_ptr, column_ptr, value_ptr", expected=expected, got=f"lengths {lengths}", do=do)
+
+
+def _check_rows(rows: Tensor, out_features: int) -> None:
+    if rows.numel() != out_features:
+        do = "Put rows without weights into a group without columns."
+        raise InputError("rows", expected=f"{out_features} rows", got=f"{rows.numel()}", do=do)
 
 
 def _output_shape(x: Tensor, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, channels: int) -> torch.Size:

@@ -1,0 +1,77 @@
+"""Linear layers of shuffled blocks and few tokens on a GPU: the operator `fxsparse::shuffled_block_few`.
+
+    shuffled_block(x [..., I]) [..., O]  ->  sum(shuffled_block_few(x), 0)
+
+Reading the values is all that takes time there. Each group's columns are cut into parts, for more of the GPU to read
+them; who compiles the graph adds the parts in one kernel with what follows. Nothing is turned.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from fxsparse.formats.operator import LIBRARY, TAGS
+from fxsparse.formats.shuffled_block_aten import ACTIVATIONS
+from fxsparse.ir.graph import arg, aten
+from fxsparse.kernels.triton import few_parts
+from fxsparse.kernels.triton import shuffled_block_few as kernel
+
+LIBRARY.define(
+    "shuffled_block_few(Tensor x, Tensor rows, Tensor row_ptr, Tensor columns, Tensor column_ptr,"
+    " Tensor values, Tensor value_ptr, int out_features) -> Tensor",
+    tags=TAGS,
+)
+few = torch.ops.fxsparse.shuffled_block_few.default
+FEW = 4  # tokens; more are multiplied as matrices
+
+
+def has_few(layer: fx.Node) -> bool:
+    """Whether its x has few tokens, in the example where their number is open: it may have any, only not as fast."""
+    sizes = cast(fx.Node, layer.args[0]).meta["val"].shape[:-1]
+    return math.prod(n if isinstance(n, int) else n.node.hint or FEW + 1 for n in sizes) <= FEW
+
+
+def lower(gm: fx.GraphModule, node: fx.Node, arrays: list[fx.Node]) -> fx.Node:
+    """What replaces `node`, a linear layer's call of `shuffled_block`, before which it is put."""
+    call: Any = gm.graph.call_function
+    x, residual, activation = cast(fx.Node, node.args[0]), arg(node, "residual"), arg(node, "activation")
+    y = call(aten.sum.dim_IntList, (call(few, (x, *arrays, cast(Any, arg(node, "shape"))[0])), [0]))
+    for other in (arg(node, "bias"), residual):
+        y = y if other is None else call(aten.add.Tensor, (y, other))
+    y = y if activation == "none" else call(ACTIVATIONS[cast(str, activation)], (y,))
+    return cast(fx.Node, call(aten._to_copy.default, (y,), {"dtype": node.meta["val"].dtype}))
+
+
+def _sums(x: Tensor, arguments: tuple[Any, ...]) -> Tensor:
+    """Room for the parts: float32, or wider."""
+    rows, row_ptr, columns, *_, out_features = arguments
+    shape = (few_parts(rows, row_ptr, columns), *x.shape[:-1], out_features)
+    return x.new_zeros(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+def _cuda(x: Tensor, *arguments: Any) -> Tensor:
+    *packed, out_features = arguments
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    y = cast(Any, kernel)(flat, *packed, out_features=out_features)
+    return cast(Tensor, y.view(y.shape[0], *x.shape[:-1], out_features))
+
+
+def reference(x: Tensor, *arguments: Any) -> Tensor:
+    """The same in PyTorch's own operators, on any device and in any dtype, all of it in the first part."""
+    rows, row_ptr, columns, column_ptr, values, value_ptr, _ = arguments
+    y = _sums(x, arguments)
+    for g in range(len(row_ptr) - 1):
+        block = values[int(value_ptr[g]) : int(value_ptr[g + 1])]
+        row, column = rows[int(row_ptr[g]) : int(row_ptr[g + 1])], columns[int(column_ptr[g]) : int(column_ptr[g + 1])]
+        if len(column):
+            y[0, ..., row] = x[..., column].to(y.dtype) @ block.view(len(column), -1)[:, : len(row)].to(y.dtype)
+    return y
+
+
+torch.library.register_fake("fxsparse::shuffled_block_few", lambda x, *rest: _sums(x, rest), lib=LIBRARY)
+LIBRARY.impl("shuffled_block_few", reference, "CompositeExplicitAutograd")
+LIBRARY.impl("shuffled_block_few", _cuda, "CUDA")
