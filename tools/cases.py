@@ -52,12 +52,13 @@ MATRIX: list[dict[str, Any]] = [
 ]
 GPU: list[dict[str, Any]] = [
     {"model": model, "recipe": recipe, "sparsity": sparsity, "rows": rows, "batch": 32, "threads": 4, "dtype": dtype}
-    | ({"batch": 1} if model == "prefill" else {})
+    | ({"batch": 1} if model in ("prefill", "decode_wide") else {})
     for model, recipe, sparsity, rows, dtype in (
         ("resnet50", "refill_coupled", 0.5, 32, "float16"), ("resnet50", "refill_coupled", 0.5, 32, "float32"),
         ("vit_b_16", "heads_and_neurons", 0.5, 32, "bfloat16"), ("vit_l_16", "two_four", 0.5, 32, "bfloat16"),
         ("vit_l_16", "shuffled_blocks", 0.74, 128, "bfloat16"), ("vit_b_16", "shuffled_blocks", 0.74, 128, "float32"),
         ("prefill", "shuffled_blocks", 0.74, 128, "bfloat16"), ("prefill", "two_four", 0.5, 32, "bfloat16"),
+        ("decode_wide", "shuffled_blocks", 0.74, 128, "bfloat16"),
     )
 ]  # fmt: skip
 SUITES = {"spine": SPINE, "blocks": BLOCKS, "unstructured": UNSTRUCTURED, "matrix": MATRIX, "gpu": GPU}

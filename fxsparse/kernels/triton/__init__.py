@@ -21,8 +21,8 @@ Pair = tuple[int, int]
 WHERE = "shuffled block kernel for CUDA"
 LARGEST_WINDOW = 63  # height + width: a bit each
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-FEW_ROWS, FEW_COLUMNS = 64, 128  # a program's at a time, of a layer of one token; of more half as many rows
-PROGRAMS = 528  # that leave no part of an H100 or H200 idle: four for each of its multiprocessors
+FEW_ROWS, FEW_COLUMNS = 32, 128  # a program's at a time, of a layer of few tokens
+PROGRAMS = 264  # that leave no part of an H100 or H200 idle: two for each of its multiprocessors
 PACKED = {"rows": torch.int32, "row_ptr": torch.int32, "columns": torch.int32, "column_ptr": torch.int32,
           "values": None, "value_ptr": torch.int64}  # fmt: skip
 # what x may be, and how it becomes so

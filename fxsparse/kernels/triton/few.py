@@ -58,10 +58,9 @@ def launch(x: Tensor, packed: tuple[Tensor, ...], y: Tensor) -> None:
     """Write every packed row of y [parts, tokens, O] from x [tokens, I]; checked, nothing is empty."""
     parts, tokens, out_features = y.shape
     groups = packed[1].numel() - 1
+    slots = triton.cdiv(triton.cdiv(packed[0].numel(), groups), FEW_ROWS)
     together = min(TOKENS, triton.next_power_of_2(tokens))
-    across = FEW_ROWS if together == 1 else FEW_ROWS // 2
-    slots = triton.cdiv(triton.cdiv(packed[0].numel(), groups), across)
-    meta: dict[str, Any] = {"TOKENS": together, "BLOCK_N": across, "BLOCK_K": FEW_COLUMNS, "num_warps": 4}
+    meta: dict[str, Any] = {"TOKENS": together, "BLOCK_N": FEW_ROWS, "BLOCK_K": FEW_COLUMNS, "num_warps": 4}
     grid = (triton.cdiv(tokens, together) * groups * parts * slots,)
     with torch.cuda.device_of(x):
         few[grid](x, *packed, y, tokens, x.shape[1], out_features, groups, parts, slots, **meta)
