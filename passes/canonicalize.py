@@ -46,8 +46,10 @@ from fxsparse.passes.forms import (
     is_extreme,
     is_product,
     splits_heads,
+    spreads_bias,
     squeezes_batch,
     takes_one_sample,
+    write_bias,
     write_conversion,
     write_extreme,
     write_glu,
@@ -92,6 +94,8 @@ def _decide(node: fx.Node, constant: Collection[fx.Node]) -> Decision | None:
         return _accept(node, "drop slice", "it takes everything", _drop)
     if node.target in PRODUCTS and is_product(node, constant):
         return _accept(node, f"write {operator_name(node)} as linear", "its right side is a weight", _write_linear)
+    if spreads_bias(node):
+        return _accept(node, "add the bias afterwards", "it is no vector of the layer's rows", write_bias)
     if node.target is aten.einsum.default and product_of(node, constant) is not None:
         rewrite = functools.partial(_write_product, constant)
         return _accept(node, "write einsum as a product", "one form for one operator", rewrite)

@@ -48,6 +48,22 @@ def write_linear(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     return turned
 
 
+def spreads_bias(node: fx.Node) -> bool:
+    """Whether it is a linear layer whose bias is no vector of its rows, but one number for all, or more of them."""
+    bias = arg(node, "bias") if node.target is aten.linear.default else None
+    return isinstance(bias, fx.Node) and bias.meta["val"].shape != cast(fx.Node, node.args[1]).meta["val"].shape[:1]
+
+
+def write_bias(gm: fx.GraphModule, node: fx.Node) -> None:
+    """linear(x, w, bias) -> linear(x, w) + bias"""
+    x, w, bias = cast(Any, node.args)
+    with gm.graph.inserting_before(node):
+        product = gm.graph.call_function(aten.linear.default, (x, w))
+        product.meta.update(node.meta)
+        new = gm.graph.call_function(aten.add.Tensor, (product, bias))
+    _take_place(gm, new, node)
+
+
 def write_conversion(gm: fx.GraphModule, node: fx.Node) -> None:
     """type_as(x, y) -> _to_copy(x, dtype and device of y); x where it has them."""
     x, y = (cast(fx.Node, n).meta["val"] for n in node.args)

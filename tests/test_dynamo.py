@@ -263,6 +263,16 @@ def test_masks_come_as_a_dict_as_masks_or_as_a_path(tmp_path: Path) -> None:
         assert ours.rows() == [{"a.weight": 16}]
 
 
+def test_zeros_of_a_buffer_in_a_checkpoint_are_no_mask(tmp_path: Path) -> None:
+    model = Net()
+    Masks(half(model, "a")).apply_(model)
+    model.register_buffer("table", torch.eye(3))
+    torch.save(model.state_dict(), path := tmp_path / "net.pt")
+    ours = Compiled(model, path)
+    agree(ours(X), exact(model, {}, X))
+    assert ours.rows() == [{"a.weight": 16}]
+
+
 def test_masks_come_from_zeros_and_from_torch_prune() -> None:
     model = Net()
     Masks(half(model, "a")).apply_(model)

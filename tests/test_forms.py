@@ -146,6 +146,23 @@ def test_a_product_with_a_vector_added(size: int) -> None:
     assert rows(report) == ({"0.weight": 1} if size == 5 else {})
 
 
+def test_a_bias_that_all_rows_share() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight, self.bias)
+
+    model = nn.Sequential(nn.Linear(3, 4), Shared(), nn.ReLU(), nn.Linear(5, 2)).double().eval()
+    with torch.no_grad():
+        model[0].bias.fill_(1)
+    masks = {"0.weight": every_second(model[0].weight), "1.weight": every_second(model[1].weight)}
+    report = compiled(model, masks, torch.randn(2, 3).double())
+    assert rows(report) == {"0.weight": 2, "1.weight": 3}
+
+
 def test_whole_groups_of_a_norm_go() -> None:
     model = Images(nn.GroupNorm(4, 8).double())
     mask = torch.ones_like(model.a.weight, dtype=torch.bool)

@@ -94,7 +94,8 @@ def run_suite(arguments: argparse.Namespace) -> int:
     """Each case in a process of its own: threads and caches are its own too. What the file has is not run again."""
     failed = 0
     had = rows_in(arguments.out) if arguments.out and arguments.out.exists() else []
-    wanted = [{"dtype": arguments.dtype, **case, "target": arguments.target} for case in SUITES[arguments.suite]]
+    given = {"dtype": arguments.dtype} | ({"side": arguments.side} if arguments.side else {})
+    wanted = [given | case | {"target": arguments.target} for case in SUITES[arguments.suite]]
     cases = [case for case in wanted if not any(case.items() <= row.items() for row in had)]
     for i, case in enumerate(cases):
         print(f"[{i + 1}/{len(cases)}] {case}", file=sys.stderr, flush=True)

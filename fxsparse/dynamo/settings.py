@@ -9,6 +9,8 @@ from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
+from torch._guards import tracing
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fxsparse.compiler import Options, as_masks, checked_options
 from fxsparse.errors import InputError, near
@@ -23,6 +25,14 @@ KNOWN = ("masks", "model", "on_report", *DEFAULTS)
 
 class Given(Masks):
     """Masks of one call of torch.compile. Equal to itself alone: torch compares options whenever it looks up code."""
+
+    def __init__(self, masks: Masks) -> None:
+        super().__init__(masks)
+        self._given = masks
+
+    def check(self, model: nn.Module) -> Masks:
+        """As the masks that were given: those of a checkpoint's zeros let a model's buffers be."""
+        return self._given.check(model)
 
     def __eq__(self, other: object) -> bool:
         return self is other
@@ -94,7 +104,8 @@ def read_options(options: dict[str, Any], mode: str | None) -> Settings:
                              got="an unknown name", do=near(str(key), KNOWN) or "Leave it out.")  # fmt: skip
     if options.get("masks") is not None and not isinstance(options["masks"], Given):
         # In place, since torch keeps this dict and compares it: two dicts of tensors would raise there.
-        options["masks"] = Given(as_masks(options["masks"]))
+        with unset_fake_temporarily(), tracing(None):  # else torch.load leaves the tensors of a file without data
+            options["masks"] = Given(as_masks(options["masks"]))
     model, on_report = options.get("model"), options.get("on_report", lambda report: None)
     if model is not None and not isinstance(model, nn.Module):
         raise InputError("options['model']", expected="a torch.nn.Module", got=type(model).__name__,
