@@ -29,7 +29,8 @@ from fxsparse.ir.graph import clone, erase_unused, flat, on_gpu
 from fxsparse.ir.inputs import Call, batch_size, device_of, signature_of
 from fxsparse.ir.masks import Masks
 from fxsparse.ir.symbols import concrete, open_sizes, symbolic_dims
-from fxsparse.measure import LayerTimes, device_name
+from fxsparse.machine import device_name
+from fxsparse.measure import LayerTimes
 from fxsparse.module import Build, SparseModule, without_autocast
 from fxsparse.passes import STORAGE, STRUCTURE, Context, canonicalize, name_of
 from fxsparse.passes import run as run_passes

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from fxsparse.backend import Target, find_target, for_all_sizes
 from fxsparse.backend.target import COMPILING, Runnable
+from fxsparse.ir.graph import on_gpu
 from fxsparse.ir.inputs import LAYOUTS, device_of
 from fxsparse.ir.shapes import propagate
 from fxsparse.module import Build, SparseModule
@@ -52,7 +53,10 @@ def load(path: str | os.PathLike[str], *, target: str | None = None, native: boo
 
 
 def _shaped(saved: Saved, target: Target) -> fx.GraphModule:
-    return propagate(saved.gm, saved.example, dynamic_batch=saved.dynamic_batch) if target.reads_shapes else saved.gm
+    """Its graph, with shapes where whoever lowers it reads them."""
+    if target.reads_shapes or on_gpu(saved.gm):  # `formats/gpu.py` chooses by shapes for any target
+        return propagate(saved.gm, saved.example, dynamic_batch=saved.dynamic_batch)
+    return saved.gm
 
 
 class _Lazily:

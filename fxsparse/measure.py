@@ -13,7 +13,6 @@ import json
 import logging
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,8 +30,7 @@ from fxsparse.formats import semi_structured, shuffled_block_gpu
 from fxsparse.formats.n_m import NM, unpack
 from fxsparse.formats.n_m_op import n_m_into
 from fxsparse.formats.shuffled_block import ShuffledBlock
-from fxsparse.formats.shuffled_block_few import FEW
-from fxsparse.formats.shuffled_block_gpu import from_memory
+from fxsparse.formats.shuffled_block_few import has_few
 from fxsparse.formats.shuffled_block_layer import fold
 from fxsparse.formats.shuffled_block_op import as_run, multiply, pair, shuffled_block_into
 from fxsparse.formats.turned import turned
@@ -41,6 +39,7 @@ from fxsparse.ir.graph import arg, aten
 from fxsparse.ir.symbols import concrete
 from fxsparse.kernels.build import digest
 from fxsparse.kernels.triton import digest as triton_digest
+from fxsparse.machine import device_name, machine_key
 
 log = logging.getLogger("fxsparse")
 
@@ -53,6 +52,7 @@ NEAR_TIE = 1.1  # a ratio of times that is nearer to 1 is measured longer,
 AGAIN = (6, 600)  # for so many rounds
 IN_A_GRAPH = 20  # runs of a layer on a GPU that are timed at once
 CACHES = 64 << 20  # bytes that leave nothing else in a processor's caches
+GPU_CACHES, COPIES = 128 << 20, 64  # the same of a GPU; copies of one weight at most
 SECONDS = 6.0  # stop after this long once the least number of rounds is done
 
 
@@ -158,7 +158,7 @@ class LayerTimes:
         shared: dict[str, dict[str, float]] | None = None,
     ) -> None:
         """`shared`: what others in this process measured, by machine, torch version and threads; it is added to."""
-        machine = _machine_key()
+        machine = machine_key()
         self.path = Path(cache_dir) / f"layer-times-{machine}.json" if cache_dir is not None else None
         self.batch = batch
         self.seconds = {} if shared is None else shared.setdefault(machine, {})
@@ -238,6 +238,29 @@ class _Case:
             return cls(key, make)
         return cls(key, lambda: CudaGraph(functools.partial(_again, make()), (), device), IN_A_GRAPH)
 
+    @classmethod
+    def of_few(
+        cls,
+        device: torch.device,
+        key: tuple[Any, ...],
+        make: Callable[[], tuple[Callable[[Tensor], Tensor], Tensor]],
+        nbytes: int,
+    ) -> _Case:
+        """On a GPU, of few tokens, which take the time to read the weight: as in a network, it comes from memory.
+
+        make    gives what multiplies by a weight, and the weight
+        nbytes  of the weight. Runs take turns with copies, too many for the caches, if it is not below 2 MB.
+        """
+        copies = min(1 + GPU_CACHES // max(nbytes, 1), COPIES)
+        repeats = -(-IN_A_GRAPH // copies) * copies
+
+        def in_turns() -> Build:
+            multiply, weight = make()
+            weights = [weight, *(weight.clone() for _ in range(copies - 1))]
+            return CudaGraph(lambda: _in_turns(multiply, weights, repeats), (), device)
+
+        return cls((*key, "from memory"), in_turns, repeats)
+
     def measure_s(self) -> float:
         """The fastest of some runs: one layer is short, and what disturbs it only ever adds."""
         times: list[float] = []
@@ -259,11 +282,14 @@ class _Case:
             key = ("linear or onednn", tuple(shape), rows, *_kind(weight))
 
             def make() -> Build:
-                x, w = _filled(shape, weight), _filled([rows, columns], weight)
-                return from_memory(functools.partial(torch.nn.functional.linear, x), w) if few else _linear(x, w)
+                return _linear(_filled(shape, weight), _filled([rows, columns], weight))
 
-            few = weight.is_cuda and math.prod(shape[:-1]) <= FEW
-            key = (*key, "from memory") if few else key
+            def of_weight() -> tuple[Callable[[Tensor], Tensor], Tensor]:
+                x = _filled(shape, weight)
+                return functools.partial(torch.nn.functional.linear, x), _filled([rows, columns], weight)
+
+            if weight.is_cuda and has_few(node):
+                return _Case.of_few(weight.device, key, of_weight, rows * columns * weight.itemsize)
             return _Case.on(weight.device, key, make) if weight.is_cuda else _Case.of_product(key, make, shape)
         return _convolution(node, shape, weight, rows, columns)
 
@@ -312,6 +338,9 @@ def _shuffled_block_case(packed: ShuffledBlock, node: fx.Node, batch: int, summe
     blocks = hashlib.sha256(indices + packed.lanes.encode()).hexdigest()[:16]
     source = triton_digest() if val.is_cuda else digest("shuffled_block")
     key = ("shuffled_block", source, tuple(shape), packed.shape, str(geometry), summed, blocks, *_kind(val))
+    if val.is_cuda and len(packed.shape) == 2 and has_few(node):
+        few = functools.partial(shuffled_block_gpu.of_few, packed)
+        return _Case.of_few(val.device, key, lambda: few(_filled(shape, val)), packed.values.nbytes)
     if val.is_cuda:
         return _Case.on(val.device, key, lambda: shuffled_block_gpu.run(packed, _filled(shape, val), geometry))
 
@@ -348,6 +377,12 @@ def _again(run: Build) -> Sequence[Any]:
     return ()
 
 
+def _in_turns(multiply: Callable[[Tensor], Tensor], weights: Sequence[Tensor], repeats: int) -> Sequence[Any]:
+    for i in range(repeats):
+        multiply(weights[i % len(weights)])
+    return ()
+
+
 def _linear(x: Tensor, w: Tensor) -> Callable[[], object]:
     """The faster of PyTorch's own product and oneDNN's with packed weights: Inductor may call either."""
     calls = (lambda: torch.nn.functional.linear(x, w), onednn_linear(x, w))
@@ -376,36 +411,3 @@ def _convolution(node: fx.Node, shape: list[int], weight: Tensor, rows: int, col
 def _eager(node: fx.Node, x: Tensor, w: Tensor, settings: list[Any], groups: int) -> Callable[[], object]:
     call = cast(Callable[..., object], node.target)
     return lambda: call(x, w, None, *settings, groups)
-
-
-def _machine_key() -> str:
-    facts = (platform.processor(), cpu_name(), torch.__version__, torch.get_num_threads())
-    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's: what a time was measured on."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-
-
-@functools.cache
-def cpu_name() -> str:
-    """The processor's name, generation and vectors, as in "AMD EPYC (family 26, model 2), AVX512".
-
-    Clouds call several generations "AMD EPYC": a time of one is not a time of another.
-    """
-    facts, vectors = _cpu_facts(), torch.backends.cpu.get_cpu_capability()
-    name = facts.get("model name", platform.processor() or platform.machine())
-    given = [key for key in ("cpu family", "model") if key in facts]
-    generation = ", ".join(f"{key.removeprefix('cpu ')} {facts[key]}" for key in given)
-    return f"{name} ({generation}), {vectors}" if generation else f"{name}, {vectors}"
-
-
-def _cpu_facts() -> dict[str, str]:
-    """What Linux tells of the first processor; nothing elsewhere."""
-    try:
-        first = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
-    except OSError:
-        return {}
-    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
-    return {key.strip(): value.strip() for key, value in pairs}

@@ -64,16 +64,29 @@ def _scattered(gm: fx.GraphModule, node: fx.Node, ctx: Context, timers: Timers) 
 
 def _turned(gm: fx.GraphModule, layers: list[fx.Node], ctx: Context, timers: Timers) -> list[Decision]:
     """One decision for each of these that turns x or y, if all that are left stay packed."""
+    if ctx.time_turn is None:
+        return []
+    alone = {node: _alone(gm, node, timers) for node in layers}
     decisions: dict[fx.Node, Decision] = {}
-    while ctx.time_turn is not None:
-        costs = {n: _turning_s(n, t, ctx.time_turn) for n, t in turns(gm, layers).items() if any(t)}
-        found = {n: _if_turned(gm, n, s, ctx, timers) for n, s in costs.items()}
+    lost: set[fx.Node] = set(layers)
+    while lost:
+        found = {
+            node: _if_turned(node, *alone[node], _turning_s(node, needed, ctx.time_turn), ctx)
+            for node, needed in turns(gm, layers).items()
+            if any(needed)
+        }
         decisions |= found
-        left = [n for n in layers if n not in found or not found[n].accepted]
-        if len(left) == len(layers):
-            break
-        layers = left
+        lost = {node for node, decision in found.items() if decision.accepted}
+        layers = [node for node in layers if node not in lost]
     return list(decisions.values())
+
+
+def _alone(gm: fx.GraphModule, node: fx.Node, timers: Timers) -> tuple[Packed, float, float]:
+    """The packed weight, and seconds with it and with the dense one."""
+    weight = get_tensor(gm, str(cast(fx.Node, node.args[1]).target))
+    packed = FORMATS[node.meta[FORMAT]].pack(weight, node.meta[GROUPS])
+    time_format, time_layer = timers
+    return packed, time_format(node, packed), time_layer(node, *weight.shape[:2])
 
 
 def _turning_s(node: fx.Node, needed: Turns, time_turn: TurnTimer) -> float:
@@ -81,17 +94,17 @@ def _turning_s(node: fx.Node, needed: Turns, time_turn: TurnTimer) -> float:
     return x + (time_turn(node, False) if needed.y else 0.0)
 
 
-def _if_turned(gm: fx.GraphModule, node: fx.Node, turning_s: float, ctx: Context, timers: Timers) -> Decision:
-    time_format, time_layer = timers
-    weight, now = get_tensor(gm, str(cast(fx.Node, node.args[1]).target)), node.meta[FORMAT]
-    packed = FORMATS[now].pack(weight, node.meta[GROUPS])
-    seconds = {now: time_format(node, packed) + turning_s, "dense": time_layer(node, *weight.shape[:2])}
-    return _decide(node, f"{turning_s * 1e6:.0f} us turn x and y for it", {now: packed}, seconds, ctx)
+def _if_turned(
+    node: fx.Node, packed: Packed, packed_s: float, dense_s: float, turning_s: float, ctx: Context
+) -> Decision:
+    now = node.meta[FORMAT]
+    seconds = {now: packed_s + turning_s, "dense": dense_s}
+    return _decide(node, f"{turning_s * 1e6:.0f} us are for turning", {now: packed}, seconds, ctx)
 
 
 def _decide(node: fx.Node, reason: str, ways: dict[str, Packed], seconds: dict[str, float], ctx: Context) -> Decision:
-    now, less = node.meta[FORMAT], margin(node, ctx)
-    best = min(seconds, key=lambda way: seconds[way] * (less if way == "dense" else 1))
+    now, factor = node.meta[FORMAT], margin(node, ctx)
+    best = min(seconds, key=lambda way: seconds[way] * (factor if way == "dense" else 1))
     what = {"dense": "keep it dense", now: f"store it otherwise than as {now}"}.get(best, f"store as {best}")
     times = ", ".join(f"{way} {s * 1e6:.0f} us" for way, s in seconds.items())
     data: dict[str, Any] = {"node": node, "format": best, "packed": ways.get(best), "sparse_us": seconds[best] * 1e6}

@@ -7,41 +7,37 @@ from __future__ import annotations
 
 import copy
 import itertools
-from importlib import import_module
+import random
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fxsparse
+from fxsparse import measure
 from fxsparse.backend import inductor
 from fxsparse.backend.any_size import Assumptions
-from fxsparse.errors import InputError, TargetError
+from fxsparse.errors import TargetError
 from fxsparse.formats import FORMATS
-from fxsparse.formats.gpu import for_gpu
-from fxsparse.formats.shuffled_block import pack
-from fxsparse.formats.shuffled_block_few import few
-from fxsparse.formats.shuffled_block_gpu import tiled, transposed
+from fxsparse.formats.gpu import for_gpu, turns
+from fxsparse.formats.shuffled_block_few import few, has_few
+from fxsparse.formats.shuffled_block_gpu import transposed
 from fxsparse.formats.turned import turned
 from fxsparse.ir.capture import capture
 from fxsparse.ir.graph import aten, call_nodes, clone, flat, get_tensor, set_tensor
 from fxsparse.ir.inputs import CUDNN_BATCH, Call, exported
 from fxsparse.ir.masks import Masks
-from fxsparse.kernels.triton import ACTIVATIONS, FEW_COLUMNS, Tiles, shuffled_block_few, shuffled_block_transposed
-from fxsparse.kernels.triton import turned as turn
 from fxsparse.package import aoti
 from fxsparse.passes import Context, choose_again, choose_formats
 from fxsparse.verify import reference
-from tests.test_shuffled_block import allowed, blocks
+from tests.test_shuffled_block import allowed
 from tests.test_storage import Of, integers
-from tests.test_triton_shuffled_block import DTYPES, Run, run
+from tests.test_triton_shuffled_block import run
 
 __all__ = ["run"]  # a fixture
 
@@ -82,95 +78,6 @@ def test_code_for_any_size_keeps_to_the_limit_it_was_traced_with(fake: FakeTenso
     sizes = [torch.empty(CUDNN_BATCH + more, 3, 5, 5, device="meta") for more in (0, 1)]
     assert [assumed.hold([size]) for size in sizes] == [True, device == "cpu"]
     assert not Assumptions([torch.empty(4, 3)], []).any
-
-
-# ------------------------------------------------------------ the kernel
-
-
-def errors(
-    shape: tuple[int, int, int], rows: int, density: float, dtype: torch.dtype, activation: str, tiles: Tiles | None,
-    device: str,
-) -> tuple[float, float]:  # fmt: skip
-    """The kernel's largest error, and what is allowed. Runs in the device's process."""
-    out_features, width, tokens = shape
-    weight = blocks((out_features, width), rows, density, 0).to(dtype)
-    g = torch.Generator().manual_seed(1)
-    x, bias = (torch.randn(s, generator=g).to(dtype) for s in ((width, tokens), (out_features,)))
-    arrays = [t.to(device) for t in tiled(pack(weight))]
-    y = shuffled_block_transposed(
-        x.to(device), *arrays, bias.to(device), activation, out_features=out_features, tiles=tiles
-    )
-    assert (y.shape, y.dtype, y.is_contiguous()) == ((out_features, tokens), dtype, True)
-    act = ACTIVATIONS[activation]
-    exact = act(weight.double() @ x.double() + bias.double()[:, None])
-    own = act(F.linear(x.t(), weight, bias).t())
-    return float((y.cpu().double() - exact).abs().max()) if tokens else 0.0, allowed(own, exact)
-
-
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_shape_agrees_with_float64(run: Run, data: st.DataObject) -> None:
-    arguments = (
-        data.draw(st.tuples(st.integers(1, 150), st.integers(1, 80), st.sampled_from([0, 1, 7, 16, 33, 150]))),
-        data.draw(st.sampled_from([1, 5, 16, 64, 130])),
-        data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])),
-        data.draw(st.sampled_from(DTYPES)),
-        data.draw(st.sampled_from(sorted(ACTIVATIONS))),
-        data.draw(st.sampled_from([None, Tiles(16, 16, 16), Tiles(32, 64, 32), Tiles(64, 128, 64, 8)])),
-    )
-    error, most = run(errors, *arguments)
-    assert error <= most, arguments
-
-
-def test_a_row_in_no_group_is_refused() -> None:
-    arrays = tiled(pack(blocks((20, 8), 16, 0.5, 0)))
-    with pytest.raises(InputError, match="rows: expected 21 rows; got 20"):
-        shuffled_block_transposed(torch.zeros(8, 3), *arrays, out_features=21)
-
-
-def test_tokens_first_are_refused_with_the_way_out() -> None:
-    arrays = tiled(pack(blocks((20, 8), 16, 0.5, 0)))
-    with pytest.raises(InputError, match=r"\[tokens, I\]; got .*\n  Flatten what is not features"):
-        shuffled_block_few(torch.zeros(3, 1, 8), *arrays, out_features=20)
-    with pytest.raises(
-        InputError, match=r"\[I, tokens\]; got .*not contiguous.\n  Tokens lie side by side here: x.t\(\)"
-    ):
-        shuffled_block_transposed(torch.zeros(3, 8).t(), *arrays, out_features=20)
-
-
-def tiles_for(*shapes: tuple[Any, ...]) -> list[tuple[int, ...]]:
-    module = import_module("fxsparse.kernels.triton.transposed")
-    return [tuple(module.choose_tiles(*shape)) for shape in shapes[:-1]]  # the last is the device
-
-
-def test_tiles_are_narrower_where_there_is_little_to_do(run: Run) -> None:
-    bf16, fp32 = torch.bfloat16, torch.float32
-    shapes = [
-        (8192, 32, 128, 999, bf16), (64, 2, 128, 999, bf16), (8192, 64, 64, 99, bf16), (200, 4, 9, 99, bf16),
-        (999, 40, 64, 99, fp32),
-    ]  # fmt: skip
-    assert run(tiles_for, *shapes) == [
-        (128, 128, 64, 4, 3), (64, 128, 64, 4, 3), (128, 64, 32, 4, 3), (64, 16, 32, 4, 4), (128, 64, 16, 4, 3),
-    ]  # fmt: skip
-
-
-def test_groups_with_equal_columns_are_one() -> None:
-    packed = pack(blocks((256, 64), 256, 0.3, 0))
-    assert packed.groups == 4
-    rows, row_ptr, columns, *_ = tiled(packed)
-    assert row_ptr.tolist() == [0, 256]
-    assert rows.tolist() == list(range(256))
-    assert torch.equal(columns, packed.columns[: len(columns)])
-
-
-def test_the_operator_keeps_the_rules_of_torch_library() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        arrays = tiled(pack(blocks((20, 8), 16, 0.5, 0).to(dtype)))
-        for bias in (None, torch.randn(20, dtype=dtype)):
-            arguments = (torch.randn(8, 2, 5, dtype=dtype), *arrays, bias, 20, "gelu")
-            tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-            torch.library.opcheck(transposed, arguments, test_utils=tests)
-        torch.library.opcheck(few, (torch.randn(2, 1, 8, dtype=dtype), *arrays, 20), test_utils=tests)
 
 
 # ------------------------------------------------------------ graphs
@@ -292,64 +199,83 @@ def test_for_few_tokens_nothing_is_turned(shape: tuple[int, ...], dtype: torch.d
         assert float((gm(tokens)[0].double() - exact).abs().max()) <= allowed(own, exact)
 
 
-def errors_of_few(
-    shape: tuple[int, int, int], rows: int, density: float, dtype: torch.dtype, device: str
-) -> tuple[float, float, int]:
-    """The kernel's largest error, what is allowed, and how many parts it has. Runs in the device's process."""
-    out_features, width, tokens = shape
-    weight = blocks((out_features, width), rows, density, 0).to(dtype)
-    x = torch.randn(tokens, width, generator=torch.Generator().manual_seed(1)).to(dtype)
-    arrays = [t.to(device) for t in tiled(pack(weight))]
-    parts = shuffled_block_few(x.to(device), *arrays, out_features=out_features)
-    assert (parts.shape[1:], parts.dtype) == ((tokens, out_features), torch.float32)
-    exact = F.linear(x.double(), weight.double())
-    error = (parts.sum(0).to(dtype).cpu().double() - exact).abs()
-    return float(error.max()) if tokens else 0.0, allowed(F.linear(x, weight), exact), len(parts)
+def test_layers_that_read_one_x_share_its_turn() -> None:
+    model = Of(gated, norm=nn.LayerNorm(64), a=linear(64, 256), b=linear(64, 256), c=linear(256, 64)).eval()
+    for batch, wanted in ((7, [(0.5, False), (0.5, False), (0.0, True)]), (3, [])):
+        gm = capture(model, (integers(batch, 64),), Masks(), dynamic_batch=True)
+        layers = [n for n in gm.graph.nodes if n.target is aten.linear.default]
+        assert [tuple(t) for t in turns(gm, layers).values()] == wanted
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_any_few_tokens_agree_with_float64(run: Run, data: st.DataObject) -> None:
-    arguments = (
-        data.draw(st.tuples(st.integers(1, 200), st.integers(1, 900), st.integers(0, 6))),
-        data.draw(st.sampled_from([5, 16, 64, 130])),
-        data.draw(st.sampled_from([0.0, 0.1, 0.5, 1.0])),
-        data.draw(st.sampled_from(DTYPES)),
-    )
-    error, most, _ = run(errors_of_few, *arguments)
-    assert error <= most, arguments
+def mixed(seed: int) -> nn.Module:
+    """Linear layers, norms and elementwise operators that read one another at random."""
+    r = random.Random(seed)
+    kinds = ["linear"] * 3 + ["norm", "gelu", "relu", "half", "product", "sum", "sum"]
+    steps = [(r.choice(kinds), r.randrange(max(0, n - 2), n + 1), r.randrange(max(0, n - 3), n + 1)) for n in range(8)]
+
+    def forward(layers: Any, x: Tensor) -> Tensor:
+        values = [x]
+        for i, (kind, a, b) in enumerate(steps):
+            u, v = values[a], values[b]
+            values.append({
+                "linear": lambda i=i, u=u: layers[f"linear{i}"](u), "norm": lambda i=i, u=u: layers[f"norm{i}"](u),
+                "gelu": lambda u=u: F.gelu(u), "relu": lambda u=u: F.relu(u), "half": lambda u=u: u * 0.5,
+                "product": lambda u=u, v=v: u * v, "sum": lambda u=u, v=v: u + v,
+            }[kind]())  # fmt: skip
+        return values[-1]
+
+    made = {"linear": lambda: linear(64, 64), "norm": lambda: nn.LayerNorm(64)}
+    return Of(forward, **{f"{kind}{i}": made[kind]() for i, (kind, *_) in enumerate(steps) if kind in made}).eval()
 
 
-def test_long_groups_are_cut_into_parts(run: Run) -> None:
-    error, most, parts = run(errors_of_few, (64, 2000, 1), 64, 0.5, torch.bfloat16)
-    assert error <= most
-    assert parts == 1000 // (2 * FEW_COLUMNS) + 1
+@pytest.mark.parametrize("seed", range(40))
+def test_layers_pay_for_no_less_than_is_turned(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They pay for more where an activation was fused into a layer that also others read."""
+    paid: list[tuple[float, int]] = []
+
+    def plan(gm: torch.fx.GraphModule, ctx: Context) -> list[Any]:
+        found = turns(gm, [n for n in gm.graph.nodes if n.meta.get(choose_formats.FORMAT)]).values()
+        paid.append((sum(t.x for t in found), sum(t.y for t in found)))
+        return []
+
+    monkeypatch.setattr(choose_again, "plan", plan)
+    model, x = mixed(seed), integers(30, 64)
+    fast = fxsparse.compile(model, target="eager", example_inputs=x, formats="shuffled_block", measure=False)
+    gm = for_gpu(flat(fast.graph_module))
+    there = [n.args[1] for n in call_nodes(gm, turned)]
+    ((x_turns, y_turns),) = paid
+    assert x_turns > there.count(True) - 1e-6
+    assert y_turns >= there.count(False)
+    with torch.no_grad():
+        torch.testing.assert_close(gm(x)[0], model(x), rtol=1e-3, atol=1e-3)
 
 
-def turns(shape: tuple[int, int], dtype: torch.dtype, device: str) -> bool:
-    """Whether the kernel's result is x turned. Runs in the device's process."""
-    x = torch.arange(shape[0] * shape[1]).view(shape).to(dtype)
-    y = turn(x.to(device))
-    return y.is_contiguous() and torch.equal(y.cpu(), x.t())
+@pytest.mark.parametrize("target", ["eager", "inductor"])
+def test_a_package_that_comes_back_on_a_gpu_has_shapes(
+    tmp_path: Any, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, x = packed_mlp()
+    fast.save(tmp_path / "m.fxsparse")
+    for module in ("fxsparse.formats.gpu", "fxsparse.loading"):
+        monkeypatch.setattr(f"{module}.on_gpu", lambda gm: True)
+    again = fxsparse.load(tmp_path / "m.fxsparse", target=target)
+    torch.testing.assert_close(again(x), fast(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (63, 65), (200, 1), (64, 128), (3, 130)])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_kernel_turns(run: Run, shape: tuple[int, int], dtype: torch.dtype) -> None:
-    assert run(turns, shape, dtype)
-
-
-def test_only_a_matrix_is_turned() -> None:
-    for x in (torch.zeros(3), torch.zeros(2, 3, 4)):
-        with pytest.raises(InputError, match=r"x: expected a matrix \[rows, columns\]; got .*\n  Flatten"):
-            turn(x)
-
-
-def test_turning_keeps_the_rules_of_torch_library() -> None:
-    for first in (True, False):
-        for shape in ((3, 5, 8), (8,)):
-            tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-            torch.library.opcheck(turned, (torch.randn(shape), first), test_utils=tests)
+@pytest.mark.parametrize(("shape", "few"), [((1, 64), True), ((1, 3, 64), False), ((30, 64), False)])
+def test_what_runs_as_few_tokens_is_timed_as_few(
+    shape: tuple[int, ...], few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fxsparse.measure.device_name", str)
+    gm = capture(packed_model(), (integers(*shape),), Masks(), dynamic_batch=True)
+    layers = [n for n in gm.graph.nodes if n.target is aten.linear.default]
+    packed = FORMATS["shuffled_block"].pack(get_tensor(gm, str(layers[0].args[1].target)))
+    on_a_gpu(gm)
+    cases = [
+        measure._Case.of(layers[0], 256, 64, shape[0]),
+        measure._packed_case(packed, layers[0], shape[0], False, False),
+    ]
+    assert ["from memory" in case.key for case in cases] == [few, few] == [has_few(layers[0])] * 2
 
 
 def test_what_a_gpu_has_no_kernel_for_is_said(fake: FakeTensorMode) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fxsparse import measure
+from fxsparse import machine, measure
 from fxsparse.backend import onednn
 from fxsparse.measure import Runs, play_off
 
@@ -64,7 +64,7 @@ def test_processors_of_one_name_and_two_generations_are_told_apart(monkeypatch: 
     names = []
     for family in ("25", "26"):
         facts = {"model name": "AMD EPYC", "cpu family": family, "model": "1"}
-        monkeypatch.setattr(measure, "_cpu_facts", lambda facts=facts: facts)
-        names.append(measure.cpu_name.__wrapped__())
+        monkeypatch.setattr(machine, "_cpu_facts", lambda facts=facts: facts)
+        names.append(machine.cpu_name.__wrapped__())
     assert names[0] != names[1]
     assert names[0].startswith("AMD EPYC (family 25, model 1), ")

@@ -277,8 +277,11 @@ def test_an_infinity_that_no_group_reads_stays_out_of_the_padding_of_a_tile(run:
     assert run(infinity_unread)
 
 
-def compiled(name: str, cache: str, dtype: str, precision: str, capability: int) -> str:
-    """PTX for a device that need not be here: the interpreter knows nothing of types, layouts or tensor cores."""
+def compiled(name: str, cache: str, dtype: str, precision: str, capability: int, stage: str = "ptx") -> str:
+    """PTX, or an earlier stage, for a device that need not be here.
+
+    The interpreter knows nothing of types, layouts or tensor cores.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -295,7 +298,7 @@ def compiled(name: str, cache: str, dtype: str, precision: str, capability: int)
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
     os.environ["TRITON_CACHE_DIR"] = cache
     source = ASTSource(kernel, signature, constants)
-    return str(triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"])
+    return str(triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm[stage])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler for NVIDIA comes with Linux builds only")
@@ -314,6 +317,14 @@ def test_it_compiles_to_tensor_cores_and_to_tf32_only_when_told(native: Run, tmp
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler for NVIDIA comes with Linux builds only")
 def test_values_for_few_tokens_are_fetched_ahead(native: Run, tmp_path: Path) -> None:
     assert "cp.async" in native(compiled, "few", str(tmp_path), "bf16", "ieee", 90)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler for NVIDIA comes with Linux builds only")
+def test_offsets_of_few_tokens_have_64_bits(native: Run, tmp_path: Path) -> None:
+    """Where the batch is open x, or the parts of y, may come to have more elements than 31 bits count."""
+    offsets = re.findall(r"tt\.addptr .*", native(compiled, "few", str(tmp_path), "bf16", "ieee", 90, "ttir"))
+    assert [("i64" in line) for line in offsets if "%x," in line] == [True]
+    assert "i64" in offsets[-1]  # where y is written
 
 
 def precision(allowed: bool, device: str) -> str:

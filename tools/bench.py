@@ -32,7 +32,8 @@ import fxsparse
 from fxsparse.backend import find_target
 from fxsparse.contest import dense_builds
 from fxsparse.ir.capture import capture
-from fxsparse.measure import AGAIN, Runs, cpu_name, play_off, settled
+from fxsparse.machine import cpu_name
+from fxsparse.measure import AGAIN, Runs, play_off, settled
 from fxsparse.passes import Context, canonicalize, choose_formats, run
 from tools.block_recipes import BLOCK_RECIPES
 from tools.cases import SUITES

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from fxsparse.coarsen import Coarsened, partition, regroup, shuffled_block
 from fxsparse.ir.masks import Masks
-from fxsparse.measure import cpu_name
+from fxsparse.machine import cpu_name
 from fxsparse.prune import magnitude, prunable
 
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class DecodeStep(nn.Module):
-    """`LlamaForCausalLM` of transformers, random weights, 32 million in 8 layers; 255 tokens were read before.
+    """`LlamaForCausalLM` of transformers, random weights; 255 tokens were read before. 32 million weights by default.
 
     head    width of a head
     shared  heads that read the same keys

@@ -37,7 +37,8 @@ from fxsparse.formats.shuffled_block import pack
 from fxsparse.formats.shuffled_block_layer import fold
 from fxsparse.formats.shuffled_block_op import as_run, multiply, shuffled_block_into
 from fxsparse.kernels.shared import LANES
-from fxsparse.measure import Runs, cpu_name, interleave
+from fxsparse.machine import cpu_name
+from fxsparse.measure import Runs, interleave
 from tools.bench import git
 from tools.block_recipes import block_mask
 from tools.tables import ROWS, load_rows

@@ -18,7 +18,7 @@ class Target:
     """Something that runs a graph. Subclasses live one to a file."""
 
     name: str
-    reads_shapes = True  # `lower` and `lower_dynamic` read meta["val"], which a graph from a file gets only then
+    reads_shapes = True  # `lower` and `lower_dynamic` read meta["val"]: else a graph from a file gets it on a GPU only
     # It runs what ATen's own operators say: formats are expanded, and layers timed in PyTorch say nothing about it.
     # With `formats="auto"` whole models are timed instead, with formats and without.
     standard_operators: bool = False

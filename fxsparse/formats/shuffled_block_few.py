@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from fxsparse.formats.operator import LIBRARY, TAGS
 from fxsparse.formats.shuffled_block_aten import ACTIVATIONS
 from fxsparse.ir.graph import arg, aten
-from fxsparse.kernels.triton import few_parts
+from fxsparse.kernels.triton import few_parts, shuffled_block_transposed
 from fxsparse.kernels.triton import shuffled_block_few as kernel
 
 LIBRARY.define(
@@ -26,11 +26,14 @@ LIBRARY.define(
     tags=TAGS,
 )
 few = torch.ops.fxsparse.shuffled_block_few.default
-FEW = 4  # tokens; more are multiplied as matrices
+FEW = 4  # tokens; as matrices so many take an H200 as long
 
 
 def has_few(layer: fx.Node) -> bool:
-    """Whether its x has few tokens, in the example where their number is open: it may have any, only not as fast."""
+    """Whether its x has few tokens; where their number is open, as it was traced, with two samples for one.
+
+    A graph for few tokens takes any number: `_cuda` looks again.
+    """
     sizes = cast(fx.Node, layer.args[0]).meta["val"].shape[:-1]
     return math.prod(n if isinstance(n, int) else n.node.hint or FEW + 1 for n in sizes) <= FEW
 
@@ -56,8 +59,16 @@ def _sums(x: Tensor, arguments: tuple[Any, ...]) -> Tensor:
 def _cuda(x: Tensor, *arguments: Any) -> Tensor:
     *packed, out_features = arguments
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    y = cast(Any, kernel)(flat, *packed, out_features=out_features)
+    call: Any = kernel if len(flat) <= FEW else _many
+    y = call(flat, *packed, out_features=out_features)
     return cast(Tensor, y.view(y.shape[0], *x.shape[:-1], out_features))
+
+
+def _many(x: Tensor, *packed: Tensor, out_features: int) -> Tensor:
+    """As many as are faster multiplied as a matrix, all in the first part."""
+    y = _sums(x, (*packed, out_features))
+    y[0] = cast(Any, shuffled_block_transposed)(x.t().contiguous(), *packed, out_features=out_features).t()
+    return y
 
 
 def reference(x: Tensor, *arguments: Any) -> Tensor:

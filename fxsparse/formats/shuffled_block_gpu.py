@@ -9,7 +9,6 @@ that keep the same columns are one: CPUs cut those, for several threads.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -20,7 +19,7 @@ from torch import Tensor, fx
 from fxsparse.formats.operator import LIBRARY, TAGS
 from fxsparse.formats.shuffled_block import ARRAYS, ShuffledBlock, pack, unpack
 from fxsparse.formats.shuffled_block_aten import ACTIVATIONS
-from fxsparse.formats.shuffled_block_few import FEW, few, has_few
+from fxsparse.formats.shuffled_block_few import few, has_few
 from fxsparse.formats.shuffled_block_few import lower as lower_few
 from fxsparse.formats.shuffled_block_op import shuffled_block
 from fxsparse.formats.turned import turned
@@ -35,7 +34,6 @@ LIBRARY.define(
 )
 transposed = torch.ops.fxsparse.shuffled_block_transposed.default
 ALIGNED = 16  # tokens
-CACHE, MOST_COPIES = 128 << 20, 20  # bytes that leave nothing else in a GPU's; what else would take its memory
 _ARRAYS = ("rows", "row_ptr", "columns", "column_ptr", "values", "value_ptr")  # in the order the kernel takes them
 
 
@@ -53,27 +51,19 @@ def tiled(packed: ShuffledBlock) -> tuple[Tensor, ...]:
 
 
 def run(packed: ShuffledBlock, x: Tensor, geometry: dict[str, Any]) -> Callable[[], Tensor]:
-    """The product of `packed` and x [..., I] alone, to time it; of a linear layer without turning x or y.
-
-    Few tokens multiply values that come from memory, as in a network of many layers.
-    """
+    """The product of `packed` and x [..., I] alone, to time it; of a linear layer without turning x or y."""
     if len(packed.shape) == 4:
         windows = [geometry[name] for name in ("stride", "padding", "dilation")]
         rest = (*(t.to(x.device) for t in packed.tensors), None, None, list(packed.shape), *windows, "none", "rows")
         return lambda: cast(Tensor, shuffled_block(x, *rest))
-    arrays, flat = [t.to(x.device) for t in tiled(packed)], x.reshape(-1, x.shape[-1])
-    if len(flat) <= FEW:
-        *indices, values, ends = arrays
-        return from_memory(lambda v: few(flat, *indices, v, ends, packed.shape[0]).sum(0), values)
-    first = turned(flat, True)
+    arrays, first = [t.to(x.device) for t in tiled(packed)], turned(x.reshape(-1, x.shape[-1]), True)
     return lambda: cast(Tensor, transposed(first, *arrays, None, packed.shape[0], "none"))
 
 
-def from_memory(multiply: Callable[[Tensor], Tensor], weight: Tensor) -> Callable[[], Tensor]:
-    """Calls with copies of `weight` in turns, so many of them that none is still in a GPU's cache."""
-    copies = [weight.clone() for _ in range(min(1 + CACHE // max(weight.nbytes, 1), MOST_COPIES))]
-    at = itertools.count()
-    return lambda: multiply(copies[next(at) % len(copies)])
+def of_few(packed: ShuffledBlock, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """What multiplies x, of few tokens, by values of `packed`, and the values."""
+    *indices, values, ends = (t.to(x.device) for t in tiled(packed))
+    return lambda v: cast(Tensor, few(x, *indices, v, ends, packed.shape[0]).sum(0)), values
 
 
 def lower(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
@@ -90,9 +80,7 @@ def lower(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
     with gm.graph.inserting_before(node):
         if has_few(node):
             return lower_few(gm, node, arrays)
-        x = cast(fx.Node, node.args[0])
-        if x.target is aten.contiguous.default:  # of tokens, that lie far apart here
-            x = cast(fx.Node, x.args[0])
+        x, residual = (_as_it_lies(n) for n in (node.args[0], residual))
         features_first = call(aten.contiguous.default, (call(aten.movedim.int, (x, -1, 0)),))
         inside = activation if residual is None else "none"
         y = call(transposed, (features_first, *arrays, arg(node, "bias"), packed.shape[0], inside))
@@ -101,6 +89,11 @@ def lower(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
             y = call(aten.add.Tensor, (y, residual))
             y = y if activation == "none" else call(ACTIVATIONS[activation], (y,))
     return cast(fx.Node, y)
+
+
+def _as_it_lies(value: Any) -> Any:
+    """Before it was made contiguous for a kernel that reads features side by side."""
+    return value.args[0] if isinstance(value, fx.Node) and value.target is aten.contiguous.default else value
 
 
 def _cuda(x: Tensor, *arguments: Any) -> Tensor:

@@ -31,7 +31,7 @@ def few(
     pid = tl.program_id(0)
     slot = pid % slots
     part = pid // slots % parts
-    token = pid // (slots * parts * groups) * TOKENS + tl.arange(0, TOKENS)
+    token = (pid // (slots * parts * groups) * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
     first_row, row_count, first_column, column_count, start, lanes = _extent(
         pid // (slots * parts) % groups, row_ptr, column_ptr, value_ptr
     )
@@ -41,13 +41,14 @@ def few(
     for row0 in range(slot * BLOCK_N, row_count, slots * BLOCK_N):
         lane = row0 + tl.arange(0, BLOCK_N)
         z = tl.zeros((TOKENS, BLOCK_K, BLOCK_N), dtype=tl.float32)
+        stored = values + start + (begin + tl.arange(0, BLOCK_K)).to(tl.int64)[:, None] * lanes + lane[None, :]
         for column0 in tl.range(begin, end, BLOCK_K, num_stages=3):
             k = column0 + tl.arange(0, BLOCK_K)
             column = tl.load(columns + first_column + k, mask=k < end, other=0)
             read = (token < tokens)[:, None] & (k < end)[None, :]
             tile = tl.load(x + token[:, None] * features + column[None, :], mask=read, other=0.0).to(tl.float32)
-            stored = start + k[:, None] * lanes + lane[None, :]
-            weight = tl.load(values + stored, mask=(k < end)[:, None] & (lane < lanes)[None, :], other=0.0)
+            weight = tl.load(stored, mask=(k < end)[:, None] & (lane < lanes)[None, :], other=0.0)
+            stored += BLOCK_K * lanes
             z += tile[:, :, None] * weight.to(tl.float32)[None, :, :]
         row = tl.load(rows + first_row + lane, mask=lane < row_count, other=0)
         written = (part * tokens + token)[:, None] * out_features + row[None, :]

@@ -20,11 +20,11 @@ import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 from triton.language import constexpr, tensor
 
-from fxsparse.kernels.triton import Tiles
+from fxsparse.kernels.triton import MULTIPROCESSORS, Tiles
 from fxsparse.kernels.triton.shuffled_block import INTERPRETED, _activate, _extent, config, precision
 
-MULTIPROCESSORS = 132  # of an H100 or H200; others differ by little
 SPAN = 8  # tiles of tokens
+WIDE_FROM = 2**31  # elements of x
 MANY = 768  # columns of a group, for which longer rounds pay
 VECTOR = 8  # elements that are fetched at once, if x and values lie so
 
@@ -41,14 +41,12 @@ def transposed(
     pid = tl.program_id(0)
     first_tile = pid // (SPAN * slots * groups) * SPAN
     tiles = min(tl.cdiv(tokens, BLOCK_M) - first_tile, SPAN)
-    pid = pid % (SPAN * slots * groups)
-    token = (first_tile + pid % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
-    slot = pid // tiles
-    first_row, row_count, first_column, column_count, start, lanes = _extent(
-        slot // slots, row_ptr, column_ptr, value_ptr
-    )
+    inside = pid % (SPAN * slots * groups)
+    token = (first_tile + inside % tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    group, slot = inside // tiles // slots, inside // tiles % slots
+    first_row, row_count, first_column, column_count, start, lanes = _extent(group, row_ptr, column_ptr, value_ptr)
     across = x + tl.max_contiguous(tl.multiple_of(token % tokens, VECTOR), VECTOR)
-    for row0 in range(slot % slots * BLOCK_N, row_count, slots * BLOCK_N):
+    for row0 in range(slot * BLOCK_N, row_count, slots * BLOCK_N):
         lane = row0 + tl.arange(0, BLOCK_N)
         z = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         k = tl.arange(0, BLOCK_K)
@@ -88,8 +86,8 @@ def choose_tiles(tokens: int, groups: int, rows_per_group: int, columns_per_grou
         wide[32] = Tiles(128, 32, 128, 4, 2)
     tiles = wide.get(rows, Tiles(256, 16, 32, 4, 4))
     programs = groups * triton.cdiv(rows_per_group, rows) * triton.cdiv(tokens, tiles.pixels)
-    few = max(16, triton.next_power_of_2(tokens))
-    return tiles._replace(pixels=min(few, tiles.pixels if programs > MULTIPROCESSORS // 2 else 64))
+    most = tiles.pixels if programs > MULTIPROCESSORS // 2 else 64
+    return tiles._replace(pixels=min(most, max(16, triton.next_power_of_2(tokens))))
 
 
 def launch(
@@ -103,7 +101,7 @@ def launch(
     # The interpreter multiplies bfloat16 as if its bits were integers (Triton 3.8).
     meta |= {"ACTIVATION": activation, "PRECISION": precision(), "WIDEN": INTERPRETED and x.dtype == torch.bfloat16}
     vector = next(v for v in (VECTOR, 4, 2, 1) if tokens % v == 0)
-    meta |= {"WIDE": x.numel() >= 2**31, "SPAN": SPAN, "VECTOR": vector}
+    meta |= {"WIDE": x.numel() >= WIDE_FROM, "SPAN": SPAN, "VECTOR": vector}
     grid = (triton.cdiv(tokens, tiles.pixels) * groups * triton.cdiv(rows_per_group, tiles.rows),)
     with torch.cuda.device_of(x):
         transposed[grid](x, *packed, bias, y, tokens, groups, rows_per_group, **meta)
