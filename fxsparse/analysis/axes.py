@@ -136,6 +136,7 @@ def _link(node: fx.Node, links: _Links) -> None:
         _reduction(node, x, links)
     elif node.target in _FLATTENS and _flattens(node, x):
         links.tie(node, 0, x, 0)
+        links.pin(x, range(2, _rank(x)), f"{operator_name(node)} ({owner(node)}) puts its positions side by side")
         links.flattened.append(((node, 1), (x, 1), math.prod(concrete(x)[2:])))
     elif node.target in _PASSING and _rank(node):
         _pass_on(node, links)
@@ -254,7 +255,7 @@ def _elements(sizes: list[Any]) -> object:
 
 
 def _flattens(node: fx.Node, x: fx.Node) -> bool:
-    """[N, C, ...] to [N, C * ...]"""
+    """[N, C, ...] to [N, C * ...], of more than one C."""
     before, after = _shape(x), _shape(node)
     known = all(isinstance(size, int) for size in [*before[1:], *after[1:]])
-    return len(after) == 2 and len(before) > 2 and known and math.prod(concrete(x)[1:]) == after[1]
+    return len(after) == 2 and len(before) > 2 and before[1] != 1 and known and math.prod(concrete(x)[1:]) == after[1]

@@ -126,6 +126,10 @@ class Movement(Rule):
 
     def samples(self) -> Iterable[Sample]:
         yield Sample(lambda x: x.flatten(1), ((2, 4, 2, 3),))
+        yield Sample(lambda x: x.flatten(1), ((2, 3, 4),))
+        yield Sample(lambda x: x.flatten(1), ((2, 1, 4),))
+        yield Sample(lambda x: x.transpose(1, 2).flatten(1), ((2, 3, 4),))
+        yield Sample(lambda x: x.permute(0, 2, 3, 1).flatten(1), ((2, 4, 2, 3),))
         yield Sample(lambda x: x.view(x.shape[0], 2, 3, 2, 2).transpose(1, 2).flatten(1, 2), ((2, 6, 2, 2),))
         yield Sample(lambda x: x.permute(0, 2, 3, 1), ((2, 4, 2, 3),))
         yield Sample(lambda x, y: torch.cat([x, y], 1), ((2, 4, 2, 2), (2, 3, 2, 2)))
