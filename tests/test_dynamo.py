@@ -274,9 +274,7 @@ def test_zeros_of_a_buffer_in_a_checkpoint_are_no_mask(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])
-def test_masks_of_recurrent_layers_hold_where_dynamo_compiles_them(
-    kind: type[nn.RNNBase], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_masks_of_recurrent_layers_hold_where_dynamo_compiles_them(kind: type[nn.RNNBase]) -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -285,11 +283,11 @@ def test_masks_of_recurrent_layers_hold_where_dynamo_compiles_them(
         def forward(self, x: Tensor) -> Tensor:
             return self.last(self.cell(x)[0])
 
-    monkeypatch.setattr(torch._dynamo.config, "allow_rnn", True)
     masks = {"cell.weight_ih_l0": torch.zeros(len(Recurrent().cell.weight_ih_l0), 16, dtype=torch.bool)}
     x = torch.randn(2, 5, 16)
-    ours = Compiled(model := Recurrent(), masks)
-    agree(ours(x), exact(model, masks, x))
+    with torch._dynamo.config.patch(allow_rnn=True):
+        ours = Compiled(model := Recurrent(), masks)
+        agree(ours(x), exact(model, masks, x))
 
 
 def test_masks_come_from_zeros_and_from_torch_prune() -> None:
