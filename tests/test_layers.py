@@ -16,7 +16,7 @@ OUTSIDE = {"models", "passes", "tests", "tools"}  # not in the wheel, or not und
 
 # Each room may use itself and those of the lines above.
 ORDER = (
-    ("errors",), ("ir",), ("readers",), ("rules",), ("analysis",), ("kernels", "verify"), ("formats",), ("passes",),
+    ("errors", "machine"), ("ir",), ("readers",), ("rules",), ("analysis",), ("kernels", "verify"), ("formats",), ("passes",),
     ("deploy",), ("backend",), ("measure",), ("picture",), ("report",), ("package",), ("contest", "explain", "module"),
     ("arguments", "loading"), ("compiler",), ("dynamo", "export"), ("fxsparse",), ("progress",), ("demo",),
     ("cli",), ("__main__",),
