@@ -16,10 +16,10 @@ OUTSIDE = {"models", "passes", "tests", "tools"}  # not in the wheel, or not und
 
 # Each room may use itself and those of the lines above.
 ORDER = (
-    ("errors", "machine"), ("ir",), ("readers",), ("rules",), ("analysis",), ("kernels", "verify"), ("formats",), ("passes",),
-    ("deploy",), ("backend",), ("measure",), ("picture",), ("report",), ("package",), ("contest", "explain", "module"),
-    ("arguments", "loading"), ("compiler",), ("dynamo", "export"), ("fxsparse",), ("progress",), ("demo",),
-    ("cli",), ("__main__",),
+    ("errors", "machine"), ("ir",), ("readers",), ("rules",), ("analysis",), ("kernels", "verify"), ("formats",),
+    ("passes",), ("deploy",), ("backend",), ("measure",), ("picture",), ("report",), ("package",),
+    ("contest", "explain", "module"), ("arguments", "loading"), ("compiler",), ("dynamo", "export"), ("fxsparse",),
+    ("progress",), ("demo",), ("cli",), ("__main__",),
 )  # fmt: skip
 MAY_USE = {room: {below for line in ORDER[:i] for below in line} for i, line in enumerate(ORDER) for room in line}
 MAY_USE["picture"] = set()
