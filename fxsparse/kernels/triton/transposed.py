@@ -80,11 +80,11 @@ def choose_tiles(tokens: int, groups: int, rows_per_group: int, columns_per_grou
     rows = min(128, max(16, triton.next_power_of_2(rows_per_group)))
     many = columns_per_group >= MANY
     if dtype == torch.float32:
-        wide = {128: Tiles(64, 128, 32, 8, 2), 64: Tiles(128, 64, 16), 32: Tiles(128, 32, 32, 4, 2)}
+        fastest = {128: Tiles(64, 128, 32, 8, 2), 64: Tiles(128, 64, 16), 32: Tiles(128, 32, 32, 4, 2)}
     else:
-        wide = {128: Tiles(128, 128, 64 if many else 32), 64: Tiles(256 if many else 128, 64, 32)}
-        wide[32] = Tiles(128, 32, 128, 4, 2)
-    tiles = wide.get(rows, Tiles(256, 16, 32, 4, 4))
+        fastest = {128: Tiles(128, 128, 64 if many else 32), 64: Tiles(256 if many else 128, 64, 32)}
+        fastest[32] = Tiles(128, 32, 128, 4, 2)
+    tiles = fastest.get(rows, Tiles(256, 16, 32, 4, 4))
     programs = groups * triton.cdiv(rows_per_group, rows) * triton.cdiv(tokens, tiles.pixels)
     most = tiles.pixels if programs > MULTIPROCESSORS // 2 else 64
     return tiles._replace(pixels=min(most, max(16, triton.next_power_of_2(tokens))))
