@@ -139,8 +139,9 @@ def test_any_few_tokens_agree_with_float64(run: Run, data: st.DataObject) -> Non
     assert error <= most, arguments
 
 
-def test_long_groups_are_cut_into_parts(run: Run) -> None:
-    error, most, parts = run(errors_of_few, (64, 2000, 1), 64, 0.5, torch.bfloat16)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_groups_are_cut_into_parts(run: Run, dtype: torch.dtype) -> None:
+    error, most, parts = run(errors_of_few, (64, 2000, 1), 64, 0.5, dtype)
     assert error <= most
     assert parts == 1000 // (2 * FEW_COLUMNS) + 1
 
