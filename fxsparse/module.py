@@ -128,6 +128,9 @@ class SparseModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The masked model's outputs, in its own structure."""
+        if torch.compiler.is_exporting():
+            raise InputError("torch.export of a SparseModule", expected="PyTorch's operators", got="compiled code",
+                             do="fast.graph_module is the same function in operators: export that.")  # fmt: skip
         call = Call(args, kwargs)
         build = self._build or self._prepare(call)._built("forward")
         inputs = self._leaves(build, call)
