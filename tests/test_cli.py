@@ -560,6 +560,13 @@ def test_bench_of_a_model_has_no_native_code(nets: Path, refused: Callable[..., 
     assert sentence in refused("bench", "nets_here:tiny", "--input", "3,4", "--native")
 
 
+def test_advice_names_the_flag(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (nets / "nets_here.py").open("a") as module:
+        module.write("class Picky(nn.Module):\n    def forward(self, x): return x if x.shape[0] == 3 else -x\n")
+    assert cli.main(["plan", "nets_here:Picky", "--input", "3,4"]) == 2
+    assert "It can at one batch size: pass --fixed-batch." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["plan", "compile", "bench"])
 def test_what_errors_advise_can_be_said_on_the_command_line(
     nets: Path, calls: list[dict[str, Any]], command: str

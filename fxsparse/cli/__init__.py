@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: FxSparseError, status: int) -> int:
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    text = str(error).replace("dynamic_batch=False", "--fixed-batch")  # advice is written for Python
+    print(f"{type(error).__name__}: {text}", file=sys.stderr)
     return status
 
 
