@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,7 +14,7 @@ import fxsparse
 from fxsparse import cli
 from fxsparse.measure import Runs
 from tools import bench, layers, tables
-from tools.cases import MATRIX
+from tools.cases import HEADLINES, MATRIX
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -52,9 +53,21 @@ def test_the_readme_s_commands_exist() -> None:
         assert re.search(rf"^{target}:", make, flags=re.MULTILINE)
 
 
-def test_the_readme_s_table_is_the_committed_rows() -> None:
-    shown = README.split(tables.MARKS[0])[1].split(tables.MARKS[1])[0].strip()
-    assert shown == tables.table(tables.load_rows()).strip()
+@pytest.mark.parametrize(("page", "made"), [
+    ("README.md", tables.headlines), ("docs/benchmarks.md", tables.table),
+])  # fmt: skip
+def test_the_tables_of_models_are_the_committed_rows(page: str, made: Callable[..., str]) -> None:
+    shown = (ROOT / page).read_text(encoding="utf-8").split(tables.MARKS[0])[1].split(tables.MARKS[1])[0].strip()
+    assert shown == made(tables.load_rows()).strip()
+
+
+def test_every_headline_is_a_row_of_some_machine_and_every_machine_has_a_short_name() -> None:
+    rows = tables.load_rows()
+    assert [case for case in HEADLINES if not any(case.items() <= row.items() for row in rows)] == []
+    assert {row["machine"] for row in rows} == set(tables.LABELS)
+    fast = {**rows[0], **HEADLINES[0], "machine": "another", "speedup": 9.0, "mac_ratio": 10.0}
+    assert "**9.00** of 10.00" in tables.headlines([*rows, fast])
+    assert tables.table([fast]).startswith("### another: channels")
 
 
 def test_the_architecture_s_table_of_layers_is_the_committed_rows() -> None:

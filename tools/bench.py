@@ -3,7 +3,7 @@
     python -m tools.bench --model resnet50 --recipe refill_like --sparsity 0.5 --batch 1 --threads 2 --out rows.jsonl
     python -m tools.bench --suite spine --out tools/rows/NAME.jsonl     # every case of a suite, one after the other
     python -m tools.bench --matrix                                     # never slower? the rows of the suite "matrix"
-    python -m tools.bench --readme                                     # the README's table from the rows in tools/rows
+    python -m tools.bench --documents                                  # the documents' tables of the rows in tools/rows
 
 A row holds the median and spread of every dense build of the same masked model (eager and Inductor with freezing,
 contiguous and channels_last, ONNX Runtime where it is installed), of a natively slim model of the same widths, and of
@@ -41,14 +41,14 @@ from tools.entrances import through_torch_compile
 from tools.recipes import RECIPES
 from tools.slim import native_slim
 from tools.subjects import OWN_MODELS, Inputs, build_model, example_inputs, make_masks, without_grad
-from tools.tables import CASE, ROOT, by_machine, load_rows, matrix, rows_in, write_readme
+from tools.tables import CASE, ROOT, by_machine, load_rows, matrix, rows_in, write_documents
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """One case, a suite, or the README's table."""
+    """One case, a suite, or the documents' tables."""
     arguments = _parser().parse_args(argv)
-    if arguments.readme:
-        return write_readme()
+    if arguments.documents:
+        return write_documents()
     if arguments.matrix:
         print("\n\n".join(map(matrix, by_machine(load_rows("matrix")))))
         return 0
@@ -87,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--suite", choices=list(SUITES), help="run every case of a suite that OUT lacks")
     parser.add_argument("--out", type=Path, help="append rows here (default: print only)")
     parser.add_argument("--matrix", action="store_true", help="print the committed rows of the suite matrix")
-    parser.add_argument("--readme", action="store_true", help="write the README's table from tools/rows")
+    parser.add_argument(
+        "--documents", action="store_true", help="write the tables of README.md and docs/benchmarks.md from tools/rows"
+    )
     return parser
 
 

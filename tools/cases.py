@@ -61,4 +61,29 @@ GPU: list[dict[str, Any]] = [
         ("decode_wide", "shuffled_blocks", 0.74, 128, "bfloat16"),
     )
 ]  # fmt: skip
+HEADLINES: list[dict[str, Any]] = [  # of the README; the losing ones with them
+    *(
+        {"model": model, "recipe": recipe, "sparsity": sparsity, "rows": rows, "batch": batch, "threads": threads}
+        | {"dtype": dtype}
+        for model, recipe, sparsity, rows, batch, threads, dtype in (
+            ("resnet50", "refill_coupled", 0.5, 32, 1, 1, "float32"),
+            ("resnet50", "refill_coupled", 0.5, 32, 1, 2, "float32"),
+            ("resnet50", "refill_coupled", 0.5, 32, 16, 1, "float32"),
+            ("mobilenet_v2", "refill_coupled", 0.5, 32, 1, 1, "float32"),
+            ("vit_b_16", "heads_and_neurons", 0.5, 32, 1, 1, "float32"),
+            ("resnet50", "shuffled_blocks", 0.74, 64, 1, 1, "float32"),
+            ("resnet50", "shuffled_blocks", 0.74, 64, 1, 2, "float32"),
+            ("resnet50", "shuffled_blocks", 0.74, 64, 16, 1, "float32"),
+            ("resnet50", "shuffled_blocks", 0.74, 64, 1, 1, "bfloat16"),
+            ("vgg16", "shuffled_blocks", 0.74, 64, 1, 1, "float32"),
+            ("vit_b_16", "shuffled_blocks", 0.74, 64, 1, 1, "float32"),
+            ("resnet50", "shuffled_blocks", 0.74, 16, 1, 1, "float32"),
+            ("resnet50", "shuffled_blocks", 0.90, 64, 1, 1, "float32"),
+            ("resnet50", "shuffled_blocks", 0.15, 64, 1, 1, "float32"),
+            ("resnet50", "unstructured", 0.8, 32, 1, 1, "float32"),
+            ("resnet50", "unstructured", 0.9, 32, 1, 1, "float32"),
+        )
+    ),
+    *GPU,
+]
 SUITES = {"spine": SPINE, "blocks": BLOCKS, "unstructured": UNSTRUCTURED, "matrix": MATRIX, "gpu": GPU}

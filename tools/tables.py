@@ -1,4 +1,4 @@
-"""Committed rows, and the tables that the README and the documents show of them."""
+"""Committed rows, and the tables that the documents show of them."""
 
 from __future__ import annotations
 
@@ -8,15 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from tools.block_recipes import BLOCK_RECIPES
+from tools.cases import HEADLINES
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "tools" / "rows"
 CASE = ("model", "recipe", "sparsity", "rows", "batch", "side", "threads", "dtype", "target")
+LABELS = {
+    "AMD EPYC (family 26, model 2), AVX512, x86_64": "EPYC Zen 5, AVX-512",
+    "AMD EPYC (family 25, model 17), AVX512, x86_64": "EPYC Zen 4, AVX-512",
+    "AMD EPYC, AVX2, x86_64": "EPYC Zen 3, AVX2",
+    "NVIDIA H200": "H200",
+}
 MARKS = ("<!-- rows: begin -->", "<!-- rows: end -->")
 
 
 def load_rows(folder: str = "") -> list[dict[str, Any]]:
-    """Committed rows, in the order of their files; those of the README's tables lie in `tools/rows` itself."""
+    """Committed rows, in the order of their files; whole models' lie in `tools/rows` itself."""
     files = sorted((ROWS / folder).glob("*.jsonl"))
     return [row for path in files for row in rows_in(path)]
 
@@ -51,16 +58,52 @@ def matrix(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The README's tables: every case, winners and losers; channels that go, then blocks inside layers that stay.
-
-    One pair of tables for each machine.
-    """
+    """The tables of docs/benchmarks.md: every case, losers too; for each machine channels that go, then blocks."""
     parts = []
-    for here in by_machine(rows):
+    for here in _labeled(by_machine(rows)):
         blocks = [r for r in here if r["recipe"] in BLOCK_RECIPES]
         channels = [r for r in here if r["recipe"] not in BLOCK_RECIPES]
-        parts += [_table(channels, _CHANNEL_COLUMNS), _table(blocks, _BLOCK_COLUMNS)]
-    return "\n\n".join(part for part in parts if part)
+        for what, some, columns in (("channels", channels, _CHANNEL_COLUMNS), ("blocks", blocks, _BLOCK_COLUMNS)):
+            parts += [f"### {label(here[0]['machine'])}: {what}", _table(some, columns)] if some else []
+    return "\n\n".join(parts)
+
+
+def headlines(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The README's tables: a few cases, a column for each machine; what runs on a GPU has a table of its own."""
+    machines = _labeled(by_machine(rows))
+    kinds = [[m for m in machines if ("NVIDIA" in m[0]["machine"]) is gpu] for gpu in (False, True)]
+    return "\n\n".join(_headlines(some) for some in kinds if some)
+
+
+def _headlines(machines: Sequence[Sequence[Mapping[str, Any]]]) -> str:
+    from tabulate import tabulate
+
+    lines = []
+    for case in HEADLINES:
+        cells = [next((_gain(r) for r in rows if case.items() <= r.items()), "") for rows in machines]
+        if any(cells):
+            lines.append([*(cell(case) for cell in _HEADLINE_COLUMNS.values()), *cells])
+    text: str = tabulate(
+        lines,
+        [*_HEADLINE_COLUMNS, *(label(rows[0]["machine"]) for rows in machines)],
+        tablefmt="github",
+        disable_numparse=True,
+    )
+    return text
+
+
+def _gain(row: Mapping[str, Any]) -> str:
+    return f"**{row['speedup']:.2f}** of {row['mac_ratio']:.2f}"
+
+
+def label(machine: str) -> str:
+    """What the documents call a machine of the rows."""
+    return LABELS.get(machine, machine)
+
+
+def _labeled(machines: Sequence[list[Mapping[str, Any]]]) -> list[list[Mapping[str, Any]]]:
+    order = list(LABELS)
+    return sorted(machines, key=lambda rows: order.index(rows[0]["machine"]) if rows[0]["machine"] in order else 99)
 
 
 def _table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Callable[[Mapping[str, Any]], str]]) -> str:
@@ -91,13 +134,18 @@ _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "speedup / MAC ratio": lambda r: f"{r['eta']:.2f}",
 }
 _CHANNEL_COLUMNS = {"time / natively slim": lambda r: f"{r['over_slim']:.3f}" if "over_slim" in r else ""}
+_HEADLINE_COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    **{name: _COLUMNS[name] for name in ("model", "masks", "sparsity", "batch", "threads", "dtype")},
+    "masks": lambda r: str(r["recipe"]).replace("_", " ") + f" of {r['rows']} rows" * ("blocks" in r["recipe"]),
+}
 _BLOCK_COLUMNS = {"rows of a group": lambda r: str(r["rows"])}
 
 
-def write_readme() -> int:
-    """Replace what stands between the marks in README.md."""
-    path = ROOT / "README.md"
-    text = path.read_text(encoding="utf-8")
-    before, rest = text.split(MARKS[0])
-    path.write_text(f"{before}{MARKS[0]}\n{table(load_rows())}\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8")
+def write_documents() -> int:
+    """Replace what stands between the marks in README.md and docs/benchmarks.md."""
+    rows = load_rows()
+    for name, tables in (("README.md", headlines(rows)), ("docs/benchmarks.md", table(rows))):
+        path = ROOT / name
+        before, rest = path.read_text(encoding="utf-8").split(MARKS[0])
+        path.write_text(f"{before}{MARKS[0]}\n{tables}\n{MARKS[1]}{rest.split(MARKS[1])[1]}", encoding="utf-8")
     return 0

@@ -2,7 +2,7 @@
 
 Inductor gives oneDNN convolutions and everything in bfloat16, but float32 products of known sizes to MKL. On
 processors that are not Intel's MKL uses half of their registers: an EPYC with AVX-512 then takes twice as long, as rows
-in the README show. So both are timed, once for each size.
+in docs/benchmarks.md show. So both are timed, once for each size.
 """
 
 from __future__ import annotations
