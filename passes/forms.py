@@ -7,10 +7,10 @@ from collections.abc import Container
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fxsparse.ir.graph import arg, aten, flat
-from fxsparse.ir.symbols import RESHAPES, concrete, rank_of, symbolic_dims
+from fxsparse.ir.symbols import RESHAPES, one_sample, rank_of, symbolic_dims
 
 _EXTREMES = {aten.max.dim: aten.amax.default, aten.min.dim: aten.amin.default}
 _ADAPTIVE = {
@@ -109,15 +109,10 @@ def takes_one_sample(gm: fx.GraphModule) -> bool:
     """Whether the graph runs on a batch of one: shape functions let pass what some kernels refuse."""
     try:
         with torch.no_grad():
-            flat(gm)(*map(_one_sample, gm.graph.find_nodes(op="placeholder")))
+            flat(gm)(*map(one_sample, gm.graph.find_nodes(op="placeholder")))
     except (RuntimeError, IndexError, ValueError):
         return False
     return True
-
-
-def _one_sample(node: fx.Node) -> Any:
-    value = node.meta.get("val")
-    return torch.zeros(concrete(node), dtype=value.dtype, device=value.device) if isinstance(value, Tensor) else value
 
 
 def write_glu(gm: fx.GraphModule, node: fx.Node) -> None:

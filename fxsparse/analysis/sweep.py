@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from fxsparse.ir.bits import some
 from fxsparse.ir.facts import Facts, smallest
 from fxsparse.ir.graph import aten, get_tensor
-from fxsparse.ir.symbols import concrete, evenly, reads_a_size, varies
+from fxsparse.ir.symbols import concrete, evenly, one_sample, reads_a_size, varies
 from fxsparse.rules import Rule, rule_of
 
 RuleOf = Callable[[fx.Node], Rule]
@@ -62,7 +62,7 @@ def _reuse(node: fx.Node, known: Facts, facts: Facts) -> None:
 
 def _forward(gm: fx.GraphModule, node: fx.Node, facts: Facts, rule_of: RuleOf) -> None:
     if node.op == "placeholder":
-        value = _zeros(node)
+        value = one_sample(node, torch.float64)
         facts.value[node] = value
         if isinstance(value, Tensor):
             facts.unknown[node] = torch.ones_like(value, dtype=torch.bool)
@@ -77,7 +77,7 @@ def _forward(gm: fx.GraphModule, node: fx.Node, facts: Facts, rule_of: RuleOf) -
         if isinstance(value, Tensor):
             facts.value[node] = value = _wide(value)
             _settle(node, value, facts, rule_of)
-        elif isinstance(nothing := _zeros(node), Tensor):
+        elif isinstance(nothing := one_sample(node, torch.float64), Tensor):
             facts.value[node], facts.unknown[node] = nothing, torch.ones_like(nothing, dtype=torch.bool)
 
 
@@ -156,12 +156,3 @@ def _ask(facts: Facts, demands: Mapping[fx.Node, Tensor]) -> None:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
-
-
-def _zeros(node: fx.Node) -> Any:
-    """A zero tensor of the placeholder's shape, one sample of it; other values as they are."""
-    value = node.meta.get("val")
-    if isinstance(value, Tensor):
-        dtype = torch.float64 if value.is_floating_point() else value.dtype
-        return torch.zeros(concrete(node), dtype=dtype, device=value.device)
-    return value

@@ -71,15 +71,22 @@ def _many(x: Tensor, *packed: Tensor, out_features: int) -> Tensor:
     return y
 
 
-def reference(x: Tensor, *arguments: Any) -> Tensor:
-    """The same in PyTorch's own operators, on any device and in any dtype, all of it in the first part."""
-    rows, row_ptr, columns, column_ptr, values, value_ptr, _ = arguments
-    y = _sums(x, arguments)
+def product(x: Tensor, *arguments: Any) -> Tensor:
+    """Rows of x [I, ...] to those of [O, ...], in PyTorch's own operators: any device and dtype, nothing added."""
+    rows, row_ptr, columns, column_ptr, values, value_ptr, out_features = arguments
+    y = x.new_zeros(out_features, *x.shape[1:])
     for g in range(len(row_ptr) - 1):
         block = values[int(value_ptr[g]) : int(value_ptr[g + 1])]
         row, column = rows[int(row_ptr[g]) : int(row_ptr[g + 1])], columns[int(column_ptr[g]) : int(column_ptr[g + 1])]
         if len(column):
-            y[0, ..., row] = x[..., column].to(y.dtype) @ block.view(len(column), -1)[:, : len(row)].to(y.dtype)
+            y[row] = torch.tensordot(block.view(len(column), -1)[:, : len(row)].to(x.dtype), x[column], ([0], [0]))
+    return y
+
+
+def reference(x: Tensor, *arguments: Any) -> Tensor:
+    """The same by `product`, all of it in the first part."""
+    y = _sums(x, arguments)
+    y[0] = product(x.movedim(-1, 0).to(y.dtype), *arguments).movedim(0, -1)
     return y
 
 

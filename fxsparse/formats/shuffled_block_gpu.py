@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from fxsparse.formats.operator import LIBRARY, TAGS
 from fxsparse.formats.shuffled_block import ARRAYS, ShuffledBlock, pack, unpack
 from fxsparse.formats.shuffled_block_aten import ACTIVATIONS
-from fxsparse.formats.shuffled_block_few import few, has_few
+from fxsparse.formats.shuffled_block_few import few, has_few, product
 from fxsparse.formats.shuffled_block_few import lower as lower_few
 from fxsparse.formats.shuffled_block_op import shuffled_block
 from fxsparse.formats.turned import turned
@@ -108,16 +108,10 @@ def _cuda(x: Tensor, *arguments: Any) -> Tensor:
 
 
 def reference(x: Tensor, *arguments: Any) -> Tensor:
-    """The same in PyTorch's own operators, on any device and in any dtype."""
-    rows, row_ptr, columns, column_ptr, values, value_ptr, bias, out_features, activation = arguments
-    y = x.new_zeros(out_features, *x.shape[1:])
-    for g in range(len(row_ptr) - 1):
-        block = values[int(value_ptr[g]) : int(value_ptr[g + 1])]
-        row, column = rows[int(row_ptr[g]) : int(row_ptr[g + 1])], columns[int(column_ptr[g]) : int(column_ptr[g + 1])]
-        if len(column):
-            y[row] = torch.tensordot(block.view(len(column), -1)[:, : len(row)].to(x.dtype), x[column], ([0], [0]))
+    """The same by `product`."""
+    *packed, bias, out_features, activation = arguments
     bias = None if bias is None else bias.view(-1, *[1] * (x.dim() - 1))
-    return epilogue(y, bias, None, activation)
+    return epilogue(product(x, *packed, out_features), bias, None, activation)
 
 
 def _fake(x: Tensor, *arguments: Any) -> Tensor:

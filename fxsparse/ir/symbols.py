@@ -58,6 +58,15 @@ def concrete(node: fx.Node, batch: int = 1, more: int = 0) -> list[int]:
     return [size if isinstance(size, int) else _at(size, node, batch, more) for size in _shape(node)]
 
 
+def one_sample(node: fx.Node, floats: torch.dtype | None = None) -> Any:
+    """Zeros of a placeholder's shape, one sample of it, floating point ones in `floats`; other values as they are."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return value
+    dtype = floats if floats and value.is_floating_point() else value.dtype
+    return torch.zeros(concrete(node), dtype=dtype, device=value.device)
+
+
 def _at(size: Any, node: fx.Node, batch: int, more: int) -> int:
     shapes = [*map(_shape, node.graph.find_nodes(op="placeholder"))]
     found = [(dim, s.node) for shape in shapes for dim, s in enumerate(shape) if not isinstance(s, int)]
