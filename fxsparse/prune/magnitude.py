@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fxsparse.errors import InputError
 from fxsparse.ir.masks import Masks, weight_of_mask
+from fxsparse.prune.largest import largest
 
 
 def magnitude(weights: Mapping[str, Tensor], density: float, *, masks: Mapping[str, Tensor] | None = None) -> Masks:
@@ -64,13 +65,7 @@ def keep_largest(scores: Mapping[str, Tensor], weights: Mapping[str, Tensor], ke
     scores   name -> float [numel of the weight], no NaN
     weights  the same names in the same order -> the weight, for its shape and device
     """
-    flat = torch.cat(list(scores.values()))
-    kept = torch.zeros_like(flat, dtype=torch.bool)
-    if keep:
-        threshold = torch.kthvalue(flat, flat.numel() - keep + 1).values
-        kept = flat > threshold
-        tied = (flat == threshold).nonzero().flatten()
-        kept[tied[: keep - int(kept.sum())]] = True
+    kept = largest(torch.cat(list(scores.values())), keep)
     parts = zip(weights.items(), torch.split(kept, [score.numel() for score in scores.values()]), strict=True)
     found = Masks({name: part.view(weight.shape).to(weight.device) for (name, weight), part in parts})
     _warn_of_empty(found)

@@ -1,20 +1,21 @@
-"""Keep masked weights at exactly zero while a model is trained."""
+"""Keep a model's weights under masks while it is trained: hooks that follow gradients and the steps of optimizers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from fxsparse.errors import InputError
 from fxsparse.ir.masks import Masks
 
 
-@contextmanager
-def masked(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
+def masked(model: nn.Module, masks: Mapping[str, Tensor]) -> AbstractContextManager[Training]:
     """Inside, whatever torch optimizers do to `model`, its masked weights are exactly zero after every step.
 
     Twice over: gradients of masked weights are zeroed as they arrive, before DistributedDataParallel averages them
@@ -24,38 +25,114 @@ def masked(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[None]:
     The model's parameters must stay the same objects (load_state_dict and `.to(device)` keep them). Raises MaskError
     when a mask does not fit the model.
     """
+    return training({name: Weight(parameter, mask) for name, parameter, mask in parameters_of(model, masks)})
+
+
+def parameters_of(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
+    """Name, parameter and mask of every mask. Raises MaskError when one does not fit the model."""
     parameters = dict(model.named_parameters())
-    weights = [_Masked(parameters[name], mask) for name, mask in Masks(masks).check(model).items()]
-
-    def apply(*_: object) -> None:
-        for weight in weights:
-            weight.apply()
-
-    with ExitStack() as undo:
-        for weight in weights:
-            if weight.parameter.requires_grad:
-                undo.callback(weight.parameter.register_hook(weight.zeroed).remove)
-        undo.callback(register_optimizer_step_post_hook(apply).remove)
-        apply()
-        try:
-            yield
-        finally:
-            apply()
+    for name, mask in Masks(masks).check(model).items():
+        yield name, parameters[name], mask
 
 
-class _Masked:
-    """A parameter and where it is zero, once on its device."""
+class Weight:
+    """A parameter under a mask. What a gradient and a step do to it is what methods of training override.
 
-    def __init__(self, parameter: Any, mask: Tensor) -> None:  # Any: torch's register_hook has no types
-        self.parameter, self.dropped = parameter, ~mask
+    mask   bool, the parameter's shape: the weights that the model computes with; all others are 0 in it
+    steps  steps that an optimizer with this parameter has made
+    """
+
+    def __init__(self, parameter: nn.Parameter, mask: Tensor) -> None:
+        self.parameter: Any = parameter  # Any: torch's register_hook has no types
+        self.mask = mask.clone()
+        self.steps = 0
 
     def apply(self) -> None:
-        self.parameter.detach().masked_fill_(self._dropped_on(self.parameter.device), 0)
+        """Zero what is masked."""
+        self.mask = self.mask.to(self.parameter.device)  # the model may be moved meanwhile
+        self.parameter.detach().masked_fill_(~self.mask, 0)
 
-    def zeroed(self, gradient: Tensor) -> Tensor:
+    def gradient(self, gradient: Tensor) -> Tensor:
+        """What of a gradient counts, as it arrives."""
         # masked_fill, not a product: 0 * inf is NaN
-        return gradient.masked_fill(self._dropped_on(gradient.device), 0)
+        return gradient.masked_fill(~self.mask.to(gradient.device), 0)
 
-    def _dropped_on(self, device: torch.device) -> Tensor:
-        self.dropped = self.dropped.to(device)  # the model may be moved meanwhile
-        return self.dropped
+    def before_step(self, optimizer: Optimizer) -> bool:
+        """Whether what was done takes the place of the optimizer's step."""
+        return False
+
+    def after_step(self) -> None:
+        """Count the step, and leave in the model what it computes with next."""
+        self.steps += 1
+        self.apply()
+
+    def state(self) -> dict[str, Tensor]:
+        """What training goes on from."""
+        return {"mask": self.mask, "steps": torch.tensor(self.steps)}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take the place of what `state` was taken from."""
+        self.mask, self.steps = state["mask"].to(self.parameter.device), int(state["steps"])
+
+
+class Training:
+    """The weights that are trained under masks, in the block of a `with`."""
+
+    def __init__(self, weights: Mapping[str, Weight]) -> None:
+        self._weights = weights
+
+    @property
+    def masks(self) -> Masks:
+        """A copy of the masks as they are now, for `fxsparse.compile`."""
+        return Masks({name: weight.mask.clone() for name, weight in self._weights.items()})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Masks, steps and what else a method keeps, flat, to save beside the model's and the optimizer's."""
+        return {f"{name}/{key}": value.clone() for name, w in self._weights.items() for key, value in w.state().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from there. Raises InputError unless it is of the same method and the same weights."""
+        own = self.state_dict()
+        wrong = sorted(own.keys() ^ state.keys()) or [n for n, x in own.items() if x.shape != state[n].shape]
+        if wrong:
+            raise InputError("state_dict of training", expected=f"the {len(own)} tensors of this method and model",
+                             got=f"another {wrong[0]!r}, the first of {len(wrong)} differences",
+                             do="Give what training.state_dict() gave inside the same kind of block.")  # fmt: skip
+        for name, weight in self._weights.items():
+            weight.load({key: state[f"{name}/{key}"].clone() for key in weight.state()})
+            weight.apply()
+
+    def _of(self, optimizer: Optimizer) -> list[Weight]:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return [weight for weight in self._weights.values() if id(weight.parameter) in held]
+
+    @torch.no_grad()
+    def _before(self, optimizer: Optimizer, *_: object) -> None:
+        replaced = [weight.before_step(optimizer) for weight in self._of(optimizer)]
+        if any(replaced):
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None  # of every optimizer of torch's, the way to leave a parameter as it is
+
+    @torch.no_grad()
+    def _after(self, optimizer: Optimizer, *_: object) -> None:
+        for weight in self._of(optimizer):
+            weight.after_step()
+
+
+@contextmanager
+def training(weights: Mapping[str, Weight]) -> Iterator[Training]:
+    """Inside, these weights follow what torch optimizers do."""
+    found = Training(weights)
+    with ExitStack() as undo:
+        for weight in weights.values():
+            if weight.parameter.requires_grad:
+                undo.callback(weight.parameter.register_hook(weight.gradient).remove)
+            weight.apply()
+        undo.callback(register_optimizer_step_pre_hook(found._before).remove)
+        undo.callback(register_optimizer_step_post_hook(found._after).remove)
+        try:
+            yield found
+        finally:
+            for weight in weights.values():
+                weight.apply()
