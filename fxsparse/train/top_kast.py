@@ -91,15 +91,20 @@ class _TopKast(Hidden):
 
 
 def _check(densities: Mapping[str, float], more: float, decay: float, every: int) -> None:
-    checks = [
-        (f"density {d!r} of {name!r}", 0 < d <= 1, "a share of weights, 0 < density <= 1", "80 % zeros is density 0.2.")
-        for name, d in densities.items()
-    ]
-    checks += [
-        (f"more={more!r}", 0 <= more <= 1, "a share of weights, 0 <= more <= 1", "0 never lets another weight in."),
-        (f"decay={decay!r}", decay >= 0, "a number that is not negative", "1e-4 is a usual weight decay."),
-        (f"every={every!r}", every >= 1, "a positive whole number", "1 looks after each step."),
-    ]
-    for where, fits, expected, do in checks:
+    for where, value, fits, expected, do in (
+        *(
+            (
+                f"density of {name!r}",
+                d,
+                0 < d <= 1,
+                "a share of weights, 0 < density <= 1",
+                "80 % zeros is density 0.2.",
+            )
+            for name, d in densities.items()
+        ),
+        ("more", more, 0 <= more <= 1, "a share of weights, 0 <= more <= 1", "0 never lets another weight in."),
+        ("decay", decay, decay >= 0, "a number that is not negative", "1e-4 is a usual weight decay."),
+        ("every", every, every >= 1, "a positive whole number", "1 chooses anew after each step."),
+    ):
         if not fits:
-            raise InputError(where, expected=expected, got=where, do=do)
+            raise InputError(where, expected=expected, got=repr(value), do=do)
