@@ -46,7 +46,7 @@ def start(model: nn.Module) -> Masks:
 
 
 def batch(step: int, size: int = 16) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(step)
+    generator = torch.Generator().manual_seed(step + 100)
     return torch.randn(size, 2, 5, 5, generator=generator), torch.randint(0, 4, (size,), generator=generator)
 
 
@@ -114,6 +114,8 @@ def test_rigl_drops_the_smallest_and_grows_where_the_gradient_is_largest() -> No
     """A transcription, layer by layer."""
     model = network()
     opt = sgd(model)
+    for i in range(-2, 0):
+        step(model, opt, i)  # momentum everywhere
     with rigl(model, start(model), steps=STEPS, every=EVERY) as training:
         for i in range(EVERY):
             step(model, opt, i)
@@ -137,6 +139,7 @@ def test_rigl_drops_the_smallest_and_grows_where_the_gradient_is_largest() -> No
             new = training.masks[key]
             assert new.flatten().equal(expected), key
             grown = new & ~mask
+            assert momentum[key][grown].any()
             weight, buffer = model.get_parameter(key), opt.state[model.get_parameter(key)]["momentum_buffer"]
             assert not weight[grown].any()
             assert not buffer[grown].any()

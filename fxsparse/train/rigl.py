@@ -126,9 +126,7 @@ class Moving(Weight):
 
 
 def forget(optimizer: Optimizer, parameter: nn.Parameter, grown: Tensor) -> None:
-    """Grown weights start from 0, and so does what an optimizer keeps for each weight: momentum, mean squares."""
-    with torch.no_grad():
-        parameter.masked_fill_(grown, 0)
+    """What an optimizer keeps for each weight starts from 0 where it was grown, as the masked weight itself does."""
     for value in optimizer.state.get(parameter, {}).values():
         if isinstance(value, Tensor) and value.shape == parameter.shape:
             value.masked_fill_(grown.to(value.device), 0)
