@@ -133,7 +133,7 @@ def test_every_row_says_where_it_comes_from() -> None:
         assert len([name for name in row["builds_ms"] if name.startswith("dense")]) == rivals
 
 
-@pytest.mark.parametrize("page", ["n_m", "readers"])
+@pytest.mark.parametrize("page", ["n_m", "readers", "training"])
 def test_a_page_s_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {}
