@@ -38,7 +38,7 @@ from fxsparse.ir.graph import (
     owner,
     set_tensor,
 )
-from fxsparse.ir.symbols import rank_of, symbolic_dims
+from fxsparse.ir.symbols import rank_of, squeezes_batch, symbolic_dims
 from fxsparse.passes.context import Context
 from fxsparse.passes.einsum import Product, product_of, write_product
 from fxsparse.passes.forms import (
@@ -47,7 +47,6 @@ from fxsparse.passes.forms import (
     is_product,
     splits_heads,
     spreads_bias,
-    squeezes_batch,
     takes_one_sample,
     write_bias,
     write_conversion,

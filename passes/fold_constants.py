@@ -219,7 +219,7 @@ def _known_operands(gm: fx.GraphModule, node: fx.Node, facts: Facts) -> list[Dec
             and facts.unknown[rest].shape == facts.unknown[node].shape
             and facts.value[operand].is_floating_point()
         ):
-            value = smallest(facts.value[operand]).clone()
+            value = smallest(facts.value[operand]).clone(memory_format=torch.contiguous_format)
             if any(value.shape[dim] > 1 for dim in symbolic_dims(operand)):  # repeated as often as there are samples
                 continue
             what = f"replace what {owner(operand)} gives by a constant"

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxsparse.ir.graph import arg, aten, flat
-from fxsparse.ir.symbols import RESHAPES, one_sample, rank_of, symbolic_dims
+from fxsparse.ir.symbols import RESHAPES, one_sample, squeezed
 
 _EXTREMES = {aten.max.dim: aten.amax.default, aten.min.dim: aten.amin.default}
 _ADAPTIVE = {
@@ -18,7 +18,6 @@ _ADAPTIVE = {
     aten.adaptive_max_pool2d.default: aten.max_pool2d.default,
     aten.adaptive_max_pool3d.default: aten.max_pool3d.default,
 }
-_SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 PRODUCTS = (aten.addmm.default, aten.mm.default, aten.matmul.default)
 
 
@@ -83,26 +82,12 @@ def write_padding(gm: fx.GraphModule, node: fx.Node) -> None:
     _take_place(gm, new, node)
 
 
-def squeezes_batch(node: fx.Node) -> bool:
-    """Whether it is a squeeze that takes another dimension too where a symbolic size is 1."""
-    return node.target in _SQUEEZES and not {*_squeezed(node)}.isdisjoint(symbolic_dims(cast(fx.Node, node.args[0])))
-
-
 def write_squeeze(gm: fx.GraphModule, node: fx.Node) -> None:
     """A squeeze of the dimensions whose size is 1 whatever the input."""
     sizes = cast(fx.Node, node.args[0]).meta["val"].shape
-    ones = [dim for dim in _squeezed(node) if isinstance(sizes[dim], int) and sizes[dim] == 1]
+    ones = [dim for dim in squeezed(node) if isinstance(sizes[dim], int) and sizes[dim] == 1]
     node.target = aten.squeeze.dims
     node.args, node.kwargs = (node.args[0], ones), {}
-
-
-def _squeezed(node: fx.Node) -> list[int]:
-    """The dimensions that it takes where their size is 1."""
-    rank = rank_of(cast(fx.Node, node.args[0])) or 1  # a number may be squeezed along dimension 0
-    if node.target is aten.squeeze.default:
-        return [*range(rank)]
-    dims = arg(node, "dim")
-    return [dim % rank for dim in ([dims] if isinstance(dims, int) else dims)]
 
 
 def takes_one_sample(gm: fx.GraphModule) -> bool:

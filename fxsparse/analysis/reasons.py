@@ -61,6 +61,8 @@ def _reader(node: fx.Node, dim: int, channel: int, facts: Facts) -> str:
         rule = rule_of(user)
         if user.op == "output" or type(rule) is Rule:
             return _read_by(user)
+        if user not in facts.unknown:  # put in since
+            continue
         if not _asks(user, rule, dim, channel, node, facts):
             continue
         if isinstance(rule, Convolution):

@@ -8,7 +8,6 @@ example's; facts say the same of all positions along them, so they hold at every
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -87,11 +86,11 @@ def _run(node: fx.Node, facts: Facts) -> Any:
     is_tensor = isinstance(node.meta.get("val"), Tensor)
     try:
         value = cast(Callable[..., Any], node.target)(*args, **kwargs)
-    except RuntimeError:
+    except Exception:  # of an operator that is the user's own, any
         if is_tensor:
             return None
         raise
-    return value if not is_tensor or value.numel() == math.prod(concrete(node)) else None
+    return value if not is_tensor or list(value.shape) == concrete(node) else None
 
 
 def _settle(node: fx.Node, value: Tensor, facts: Facts, rule_of: RuleOf) -> None:

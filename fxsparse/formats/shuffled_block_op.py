@@ -232,6 +232,8 @@ class ShuffledBlockFormat(Format):
             return "a grouped convolution has no columns to choose from"
         if weight.dim() not in (2, 4) or not weight.numel():
             return f"the weight has shape {tuple(weight.shape)}"
+        if node.target is aten.conv2d.default and node.meta["val"].dim() != 4:
+            return "an image without a batch"
         return ""
 
     def pack(self, weight: Tensor, groups: Sequence[NDArray[np.int64]] | None = None) -> ShuffledBlock:

@@ -10,7 +10,7 @@ import itertools
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import sympy  # type: ignore[import-untyped]
 import torch
@@ -18,9 +18,10 @@ from torch import Tensor, fx
 
 from fxsparse.errors import CaptureError
 from fxsparse.ir.bits import whole
-from fxsparse.ir.graph import aten
+from fxsparse.ir.graph import arg, aten
 
 RESHAPES = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.flatten.using_ints)
+_SQUEEZES = (aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
 # What they give lies along a dimension in their own order: positions of one remainder have nothing in common.
 _JOINS = (
     aten.cat.default, aten.constant_pad_nd.default, aten.pad.default, aten.repeat.default, aten.roll.default,
@@ -31,6 +32,20 @@ _JOINS = (
 def symbolic_dims(node: fx.Node) -> list[int]:
     """Dimensions of a node's value whose size is symbolic."""
     return [dim for dim, size in enumerate(_shape(node)) if not isinstance(size, int)]
+
+
+def squeezes_batch(node: fx.Node) -> bool:
+    """Whether it is a squeeze that takes another dimension too where a symbolic size is 1."""
+    return node.target in _SQUEEZES and not {*squeezed(node)}.isdisjoint(symbolic_dims(cast(fx.Node, node.args[0])))
+
+
+def squeezed(node: fx.Node) -> list[int]:
+    """The dimensions that a squeeze takes where their size is 1."""
+    rank = rank_of(cast(fx.Node, node.args[0])) or 1  # a number may be squeezed along dimension 0
+    if node.target is aten.squeeze.default:
+        return [*range(rank)]
+    dims = arg(node, "dim")
+    return [dim % rank for dim in ([dims] if isinstance(dims, int) else dims)]
 
 
 def open_sizes(inputs: Iterable[fx.Node]) -> bool:

@@ -123,7 +123,9 @@ def _check_metadata(where: str, metadata: Mapping[str, str]) -> None:
 def _digest(tensor: Tensor) -> str:
     found = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
     if tensor.numel():
-        found.update(cast(Any, tensor.reshape(-1).view(torch.uint8).numpy()))
+        flat = tensor.reshape(-1)  # one element counts as contiguous with any stride
+        flat = flat if flat.stride(0) == 1 else flat.clone(memory_format=torch.contiguous_format)
+        found.update(cast(Any, flat.view(torch.uint8).numpy()))
     return found.hexdigest()
 
 

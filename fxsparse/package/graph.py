@@ -26,7 +26,7 @@ from torch._ops import OpOverload
 from fxsparse.errors import PackageError
 from fxsparse.formats import BY_OPERATOR
 from fxsparse.ir.graph import get_tensor, owner
-from fxsparse.package.values import Json, cannot_save, decode, decode_spec, encode, encode_spec
+from fxsparse.package.values import MODEL_AND_MASKS, Json, cannot_save, decode, decode_spec, encode, encode_spec
 from fxsparse.rules import RULES
 
 _ARITHMETIC = "getitem add sub mul floordiv truediv mod neg pow eq ne lt le gt ge"
@@ -86,6 +86,8 @@ def _encode_weights(gm: fx.GraphModule) -> tuple[Json, dict[str, Tensor]]:
     for node in gm.graph.nodes:
         if node.op == "get_attr" and node.target not in weights:
             tensor = get_tensor(gm, node.target)
+            if tensor.dtype == torch.complex128:  # unknown to safetensors
+                raise cannot_save(f"{node.target!r} of {tensor.dtype}", "complex64 can be saved. Or " + MODEL_AND_MASKS)
             key = (tensor.data_ptr() or node.target, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
             name, order = stored.setdefault(key, f"weight:{node.target}"), dimension_order(tensor)
             tensors[name] = tensor.permute(order)
@@ -123,7 +125,8 @@ def _operator_name(target: Any) -> str:
     except PackageError:
         raise cannot_save(
             f"the operator {name if isinstance(target, OpOverload) else target}",
-            "Only ATen's functional operators are written. save_aoti takes any; or save the model and its masks.",
+            "ATen's operators are written that change nothing and cannot read past a tensor. save_aoti takes any; or "
+            "save the model and its masks.",
         ) from None
     return name
 

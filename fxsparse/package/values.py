@@ -24,7 +24,7 @@ from fxsparse.errors import InputError, PackageError
 
 Json = Any
 _PLAIN = "Take and return tensors in tuples, lists and dicts with names or numbers as keys."
-_MODEL_AND_MASKS = "Save the model and its masks, and compile them where they are used."
+MODEL_AND_MASKS = "save the model and its masks, and compile them where they are used."
 _TORCH = {
     str(v).removeprefix("torch."): v
     for v in vars(torch).values()
@@ -52,7 +52,7 @@ def encode(value: Any, number: Callable[[fx.Node], int]) -> Json:
         return {"device": str(value)}
     if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
         return {"torch": str(value).removeprefix("torch.")}
-    raise cannot_save(f"an argument of type {type(value).__name__}", _MODEL_AND_MASKS)
+    raise cannot_save(f"an argument of type {type(value).__name__}", MODEL_AND_MASKS)
 
 
 def decode(value: Json, nodes: Sequence[fx.Node]) -> Any:

@@ -162,7 +162,7 @@ class PRelu(Elementwise):
     def couple(self, node: fx.Node, facts: Facts, layout: Layout) -> None:
         x, a = cast("tuple[fx.Node, fx.Node]", node.args)
         tie_leading(node, x, layout, range(len(layout.kept[node])))
-        if len(layout.kept[a][0]) > 1:
+        if layout.kept[a] and len(layout.kept[a][0]) > 1:
             layout.tie(node, 1, a, 0, "")
         else:
             layout.pin(a, "")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import fx
 
 from fxsparse.ir.graph import arg, aten
-from fxsparse.ir.symbols import rank_of, reads_a_size, symbolic_dims
+from fxsparse.ir.symbols import rank_of, reads_a_size, squeezes_batch, symbolic_dims
 from fxsparse.rules.movement import SIZED, Movement
 from fxsparse.rules.rule import Rule
 
@@ -65,6 +65,10 @@ def _depends_on_size(node: fx.Node, rule: Rule) -> bool:
 
 def _takes_apart(node: fx.Node, source: fx.Node) -> bool:
     """Movement that does not treat all positions along a symbolic dimension alike: slices, and sizes as numbers."""
+    if node.target is aten.channel_shuffle.default:
+        return 1 in symbolic_dims(source)
+    if squeezes_batch(node):  # of the one sample that is looked at it does
+        return True
     if node.target in _ALONG:
         return reads_a_size(node) or arg(node, "dim") % rank_of(source) in symbolic_dims(source)
     return node.target not in SIZED and reads_a_size(node)

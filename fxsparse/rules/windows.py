@@ -86,7 +86,7 @@ class AveragePool3d(AveragePool):
     spatial = 3
     ops: tuple[Any, ...] = (
         aten.avg_pool3d.default, aten.adaptive_avg_pool3d.default, aten.upsample_nearest3d.vec,
-        aten.upsample_trilinear3d.vec,
+        aten._upsample_nearest_exact3d.vec, aten.upsample_trilinear3d.vec,
     )  # fmt: skip
 
     def samples(self) -> Iterable[Sample]:
