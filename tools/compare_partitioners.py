@@ -43,7 +43,7 @@ from torch import Tensor
 from fxsparse.coarsen import Coarsened, partition, regroup, shuffled_block
 from fxsparse.ir.masks import Masks
 from fxsparse.machine import cpu_name
-from fxsparse.prune import magnitude, prunable
+from fxsparse.prune import erk_densities, magnitude, prunable
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "tools" / "rows" / "coarsen" / "partitioners.jsonl"  # tools/rows/*.jsonl are timings
@@ -136,21 +136,8 @@ def make_masks(weights: Weights, kind: str, sparsity: float) -> Masks:
         return magnitude(weights, 1 - sparsity)
     generator = torch.Generator().manual_seed(1)
     score = {n: torch.rand(w.shape, generator=generator) if kind == "erk" else w.abs() for n, w in weights.items()}
-    density = erk(weights, 1 - sparsity)
+    density = erk_densities(weights, 1 - sparsity)
     return Masks({name: _largest(s, round(density[name] * s.numel())) for name, s in score.items()})
-
-
-def erk(weights: Weights, density: float) -> dict[str, float]:
-    """Erdos-Renyi-kernel densities: in proportion to sum(shape) / prod(shape), at most 1 (Evci et al. 2020)."""
-    raw = {name: sum(w.shape) / w.numel() for name, w in weights.items()}
-    full: set[str] = set()
-    while True:
-        left = density * sum(w.numel() for w in weights.values()) - sum(weights[n].numel() for n in full)
-        scale = left / sum(raw[n] * w.numel() for n, w in weights.items() if n not in full)
-        over = {n for n in weights if n not in full and raw[n] * scale > 1}
-        if not over:
-            return {n: 1.0 if n in full else raw[n] * scale for n in weights}
-        full |= over
 
 
 def _largest(score: Tensor, count: int) -> Tensor:

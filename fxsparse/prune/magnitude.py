@@ -60,6 +60,13 @@ def budget(weights: Mapping[str, Tensor], density: float) -> int:
 
 
 def keep_largest(scores: Mapping[str, Tensor], weights: Mapping[str, Tensor], keep: int) -> Masks:
+    """`largest`, with a warning when a layer is left without weights: the last step of every first mask."""
+    found = largest(scores, weights, keep)
+    _warn_of_empty(found)
+    return found
+
+
+def largest(scores: Mapping[str, Tensor], weights: Mapping[str, Tensor], keep: int) -> Masks:
     """Masks of exactly `keep` True: the largest scores, of equal scores the earlier.
 
     scores   name -> float [numel of the weight], no NaN
@@ -67,9 +74,7 @@ def keep_largest(scores: Mapping[str, Tensor], weights: Mapping[str, Tensor], ke
     """
     kept = largest(torch.cat(list(scores.values())), keep)
     parts = zip(weights.items(), torch.split(kept, [score.numel() for score in scores.values()]), strict=True)
-    found = Masks({name: part.view(weight.shape).to(weight.device) for (name, weight), part in parts})
-    _warn_of_empty(found)
-    return found
+    return Masks({name: part.view(weight.shape).to(weight.device) for (name, weight), part in parts})
 
 
 def _score(name: str, weight: Tensor) -> Tensor:
