@@ -60,13 +60,13 @@ def budget(weights: Mapping[str, Tensor], density: float) -> int:
 
 
 def keep_largest(scores: Mapping[str, Tensor], weights: Mapping[str, Tensor], keep: int) -> Masks:
-    """`largest`, with a warning when a layer is left without weights: the last step of every first mask."""
-    found = largest(scores, weights, keep)
+    """`largest_of_all`, with a warning when a layer is left without weights: the last step of every first mask."""
+    found = largest_of_all(scores, weights, keep)
     _warn_of_empty(found)
     return found
 
 
-def largest(scores: Mapping[str, Tensor], weights: Mapping[str, Tensor], keep: int) -> Masks:
+def largest_of_all(scores: Mapping[str, Tensor], weights: Mapping[str, Tensor], keep: int) -> Masks:
     """Masks of exactly `keep` True: the largest scores, of equal scores the earlier.
 
     scores   name -> float [numel of the weight], no NaN

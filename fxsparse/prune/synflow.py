@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from fxsparse.errors import InputError
 from fxsparse.ir.inputs import Call
 from fxsparse.ir.masks import Masks
-from fxsparse.prune.magnitude import budget, keep_largest, largest
+from fxsparse.prune.magnitude import budget, keep_largest, largest_of_all
 from fxsparse.prune.prunable import prunable
 from fxsparse.prune.stateless import flat, unchanged, variables
 
@@ -55,7 +55,9 @@ def synflow(
         for module in model.modules():
             module.training = False
         for k in range(1, iterations):
-            masks = largest(_scores(model, call, tensors, masks), weights, budget(weights, density ** (k / iterations)))
+            masks = largest_of_all(
+                _scores(model, call, tensors, masks), weights, budget(weights, density ** (k / iterations))
+            )
         return keep_largest(_scores(model, call, tensors, masks), weights, keep)
 
 
