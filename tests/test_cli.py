@@ -336,7 +336,7 @@ def test_options_that_do_not_fit_are_refused(
         ({"weight": torch.ones(4, 2)}, "'weight': expected shape (2, 4); got (4, 2)"),
         ({"epoch": 3, "net": {"weight": torch.ones(2, 4)}}, "Save that part alone: torch.save(checkpoint['net']"),
         ([1, 2], "expected a state dict, tensors by name; got a list"),
-        (nn.Linear(4, 2), "got a pickle of something else, or a damaged one"),
+        (nn.Linear(4, 2), "got a pickle of torch.nn.modules.linear.Linear, which could run code"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused(
@@ -364,6 +364,23 @@ def test_weights_and_masks_saved_from_a_wrapped_model_fit(
     assert "1 unknown ones; the first is 'bias'" in refused(
         "plan", "nets_here:tiny", "--input", "3,4", "--weights", "other.safetensors"
     )
+
+
+@pytest.mark.parametrize("flag", ["--masks", "--weights"])
+def test_safetensors_under_another_suffix_are_read(nets: Path, calls: list[dict[str, Any]], flag: str) -> None:
+    save_file({"weight": torch.eye(2, 4)}, nets / "eye.pt")
+    assert cli.main(["plan", "nets_here:tiny", "--input", "3,4", flag, "eye.pt"]) == 0
+    found = calls[0]["masks"]["weight"] if flag == "--masks" else calls[0]["model"].weight
+    assert found.equal(torch.eye(2, 4, dtype=found.dtype))
+
+
+@pytest.mark.parametrize("flag", ["--masks", "--weights"])
+@pytest.mark.parametrize(("name", "got"), [("gone.pt", "no such file"), ("junk.pt", "no checkpoint, or a damaged one")])
+def test_a_file_that_is_none_is_said_to_be_none(
+    nets: Path, refused: Callable[..., str], flag: str, name: str, got: str
+) -> None:
+    (nets / "junk.pt").write_bytes(b"hello")
+    assert f"; got {got}.\n" in refused("plan", "nets_here:tiny", "--input", "3,4", flag, name)
 
 
 @pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])

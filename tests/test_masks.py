@@ -4,6 +4,7 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -260,6 +261,37 @@ def test_a_file_that_is_not_masks_is_refused_and_nothing_in_it_runs(tmp_path: Pa
     assert "m.safetensors" in caught.value.where
     assert "can run code" in caught.value.do
     assert not ran.exists()
+
+
+@pytest.mark.parametrize("path", ["masks.safetensors", Path("masks.pt")])
+def test_a_path_is_to_be_loaded(path: Any) -> None:
+    with pytest.raises(InputError, match=r"got the path 'masks\.") as caught:
+        Masks(path)
+    assert "Masks.load(path)" in caught.value.do
+    assert "fxsparse.read(path)" in caught.value.do
+
+
+def test_a_pickled_file_is_for_another_function(tmp_path: Path) -> None:
+    torch.save({"w": BITS}, tmp_path / "m.pt")
+    with pytest.raises(MaskError, match=r"fxsparse\.read\(path\)\.masks reads"):
+        Masks.load(tmp_path / "m.pt")
+
+
+def test_numpy_s_masks_are_to_be_made_tensors() -> None:
+    with pytest.raises(MaskError, match=r"expected a tensor; got ndarray") as caught:
+        Masks({"w": BITS.numpy()})
+    assert "torch.from_numpy(mask)" in caught.value.do
+
+
+def test_masks_of_another_model_are_asked_about(model: nn.Module) -> None:
+    parameters = dict(model.named_parameters())
+    one = {"0.weight": torch.ones(7, 7), "2.weight": torch.ones_like(parameters["2.weight"])}
+    with pytest.raises(MaskError) as caught:
+        Masks(one).check(model)
+    assert "another model" not in caught.value.do
+    with pytest.raises(MaskError) as caught:
+        Masks({name: torch.ones(7, 7) for name in one}).check(model)
+    assert caught.value.do.endswith("So it is with 2 masks of 2: are they of another model?")
 
 
 def test_a_bomb_would_have_run() -> None:

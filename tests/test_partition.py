@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import json
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
+from fxsparse import coarsen
 from fxsparse.coarsen import Cost, partition, shuffled_block
 from fxsparse.coarsen.cost import WEIGHTS, best_columns, price
 from fxsparse.coarsen.swaps import by_energy, group_energy, improve
@@ -188,3 +190,13 @@ def test_erk_densities_add_up_and_none_is_above_one() -> None:
     assert total == pytest.approx(0.2 * sum(w.numel() for w in weights.values()))
     assert max(density.values()) <= 1
     assert density["b"] / density["c"] == pytest.approx((64 + 64 + 6) / (64 * 64 * 9) / ((128 + 64) / (128 * 64)))
+
+
+@pytest.mark.parametrize("name", ["n_m", "partition", "refill", "refill_plus", "regroup", "shuffled_block"])
+def test_a_model_is_not_its_weights(name: str) -> None:
+    model: Any = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(
+        InputError, match="weights: expected a dict of weights by parameter name; got a Sequential"
+    ) as e:
+        getattr(coarsen, name)(model, {"0.weight": torch.ones(8, 8)})
+    assert "prunable(model)" in e.value.do

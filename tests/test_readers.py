@@ -216,6 +216,36 @@ def test_a_whole_model_is_not_unpickled(tmp_path: Path) -> None:
     assert "One of Torch-Pruning has no masks" in e.value.do
 
 
+def test_a_missing_file_names_its_neighbor(tmp_path: Path) -> None:
+    (tmp_path / "pruned.pt").touch()
+    with pytest.raises(MaskError, match=r"got no such file") as e:
+        fxsparse.read(tmp_path / "prunde.pt")
+    assert e.value.do == "Did you mean 'pruned.pt'?"
+
+
+@pytest.mark.parametrize("inside", [lambda masks: masks, lambda masks: {"epoch": 3, "masks": masks}])
+def test_pickled_masks_are_to_be_saved_by_their_own_method(tmp_path: Path, inside: Callable[[Masks], object]) -> None:
+    torch.save(inside(Masks({"w": torch.eye(3)})), tmp_path / "masks.pt")
+    with pytest.raises(MaskError, match=r"a pickle of fxsparse.ir.masks.Masks, which could run code") as e:
+        fxsparse.read(tmp_path / "masks.pt")
+    assert "masks.save(path)" in e.value.do
+
+
+@pytest.mark.parametrize("content", [b"junk", b"hello, world", b"{}", bytes(range(256)), b"\x10" + b"\0" * 7 + b"{"])
+def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "junk.pt").write_bytes(content)
+    with pytest.raises(MaskError, match="got no checkpoint, or a damaged one"):
+        fxsparse.read(tmp_path / "junk.pt")
+
+
+@pytest.mark.parametrize("name", ["masks.pt", "masks", "masks.bin"])
+def test_safetensors_are_known_by_what_they_hold(tmp_path: Path, name: str) -> None:
+    masks = Masks({"w": torch.eye(3)})
+    masks.save(tmp_path / name)
+    assert fxsparse.read(tmp_path / name).masks == masks
+    assert Masks.load(tmp_path / name) == masks
+
+
 @pytest.mark.parametrize("how", ["pickle", "torch"])
 def test_code_in_a_file_is_not_run(tmp_path: Path, how: str) -> None:
     path, ran = tmp_path / "masks.pt", tmp_path / "ran"
@@ -286,7 +316,7 @@ def test_a_damaged_compressed_weight_is_refused(tmp_path: Path, what: str) -> No
 @pytest.mark.parametrize("name", ["m.safetensors", "m.pt"])
 def test_a_missing_or_damaged_file_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
-    with pytest.raises(MaskError, match="got FileNotFoundError"):
+    with pytest.raises(MaskError, match="got no such file"):
         fxsparse.read(path)
     (save_file if name.endswith("safetensors") else torch.save)({"w": torch.ones(50, 50)}, path)
     whole = path.read_bytes()

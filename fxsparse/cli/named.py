@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
-import pickle
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -14,13 +13,12 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fxsparse.errors import InputError, first_line, near
 from fxsparse.ir.masks import fit_names
 from fxsparse.readers import torch_prune
-from fxsparse.readers.files import are_tensors, unwrapped
+from fxsparse.readers.files import are_tensors, failure, stored, unwrapped
 
 DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 UNTRAINED = ("torchvision:", "models:")  # sources of models whose weights are random
@@ -265,20 +263,12 @@ def _model_from(name: str, make: Callable[[], object]) -> nn.Module:
 
 def _read_state(where: str, path: str) -> Mapping[str, Tensor]:
     try:
-        loaded: object = (
-            load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        )
+        loaded = stored(Path(path))
     except Exception as error:  # a damaged pickle can raise anything
-        if isinstance(error, FileNotFoundError):
-            got = "no such file"
-        elif isinstance(error, pickle.UnpicklingError):
-            got = "a pickle of something else, or a damaged one"
-        else:
-            got = first_line(error)
         raise InputError(
             where,
             expected="a readable state dict, .safetensors or .pt",
-            got=got,
+            got=failure(error),
             do="Write one with torch.save(model.state_dict(), path). Files that could run code are not read.",
         ) from error
     if isinstance(loaded, dict) and are_tensors(loaded := unwrapped(loaded)):

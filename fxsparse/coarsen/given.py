@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fxsparse.errors import InputError, MaskError, near
 from fxsparse.ir.masks import Masks, weight_of_mask
@@ -14,10 +14,20 @@ Density = float | Mapping[str, float] | None
 
 
 def layers_of(weights: Mapping[str, Tensor], masks: Masks) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, weight and mask of every mask with rows and columns. Raises MaskError, InputError: see `weight_of`."""
+    """Name, weight and mask of every mask with rows and columns. Raises MaskError, InputError: see `weight_of`.
+
+    InputError for a model in place of its weights, too.
+    """
+    _refuse_model(weights)
     for name, mask in masks.items():
         if mask.dim() >= 2 and mask.numel():
             yield name, weight_of(name, mask, weights), mask
+
+
+def _refuse_model(weights: object) -> None:
+    if isinstance(weights, nn.Module):
+        raise InputError("weights", expected="a dict of weights by parameter name", got=f"a {type(weights).__name__}",
+                         do="Pass fxsparse.prune.prunable(model), or dict(model.named_parameters()).")  # fmt: skip
 
 
 def weight_of(name: str, mask: Tensor, weights: Mapping[str, Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.masked import MaskedTensor
 
-from fxsparse.errors import MaskError, near
+from fxsparse.errors import InputError, MaskError, near
 from fxsparse.ir.files import as_path, whole_file
 
 _WRAPPERS = ("module.", "_orig_mod.", "model.")  # of DataParallel and DDP, torch.compile, Lightning
@@ -24,10 +24,12 @@ class Masks(Mapping[str, Tensor]):
     """Mapping from parameter name to a bool tensor of the parameter's shape, True = kept.
 
     Values may be given as bool, any integer dtype or floating 0/1; they are stored as bool and copied, so later
-    changes to the caller's tensors do not reach in here. Raises MaskError on anything that is not 0 or 1.
+    changes to the caller's tensors do not reach in here. Raises MaskError on anything that is not 0 or 1, InputError
+    for a path: `Masks.load` reads one.
     """
 
     def __init__(self, masks: Mapping[str, Tensor] | None = None) -> None:
+        _refuse_path(masks)
         self._masks = {name: _as_bool(name, mask) for name, mask in (masks or {}).items()}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -65,8 +67,9 @@ class Masks(Mapping[str, Tensor]):
             raise MaskError(
                 f"masks file {os.fspath(path)!r}",
                 expected="a readable .safetensors file, one mask per parameter name",
-                got=f"{type(error).__name__}: {error}",
-                do="Write one with fxsparse.Masks(...).save(path). Pickled files are not read: they can run code.",
+                got="no such file" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}",
+                do="Write one with fxsparse.Masks(...).save(path). Pickled files are not read here, they can run code: "
+                "fxsparse.read(path).masks reads those that hold tensors alone.",
             ) from None
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -159,12 +162,25 @@ def weight_of_mask(name: str, mask: Tensor, weights: Mapping[str, Tensor], other
     return weight
 
 
+def _refuse_path(masks: object) -> None:
+    if isinstance(masks, (str, os.PathLike)):
+        raise InputError("masks", expected="a dict of masks by parameter name", got=f"the path {os.fspath(masks)!r}",
+                         do="Masks.load(path) reads what masks.save(path) wrote, fxsparse.read(path).masks the files "
+                         "of other tools too.")  # fmt: skip
+
+
+def _no_tensor(name: str, mask: object) -> MaskError:
+    array = type(mask).__module__.partition(".")[0] == "numpy"
+    do = f"{_SUGGEST_FLOAT} NumPy's: torch.from_numpy(mask)." if array else _SUGGEST_FLOAT
+    return MaskError(f"mask for {name!r}", expected="a tensor", got=type(mask).__name__, do=do)
+
+
 def _as_bool(name: str, mask: Tensor) -> Tensor:
     if not isinstance(name, str):
         raise MaskError(f"mask for {name!r}", expected="a parameter name", got=type(name).__name__,
                         do="Use the names of model.named_parameters().")  # fmt: skip
     if not isinstance(mask, Tensor):
-        raise MaskError(f"mask for {name!r}", expected="a tensor", got=type(mask).__name__, do=_SUGGEST_FLOAT)
+        raise _no_tensor(name, mask)
     kinds = {
         "a tensor without data (meta device)": mask.is_meta,
         "a nested tensor": mask.is_nested,
@@ -193,8 +209,9 @@ def _matched(masks: Mapping[str, Tensor], model: nn.Module) -> Iterator[tuple[st
     own_name = {id(p): n for n, p in parameters.items()}
     every = dict(model.named_parameters(remove_duplicate=False))
     seen: dict[str, str] = {}
-    for given, mask in fit_names(masks, every.keys() | {name.removesuffix("_orig") for name in every}).items():
-        parameter = every.get(given, every.get(f"{given}_orig"))
+    fitted = fit_names(masks, every.keys() | {name.removesuffix("_orig") for name in every})
+    for given, mask in fitted.items():
+        parameter = _parameter(given, every)
         if parameter is None:
             raise MaskError(
                 f"mask for {given!r}",
@@ -207,7 +224,7 @@ def _matched(masks: Mapping[str, Tensor], model: nn.Module) -> Iterator[tuple[st
                 f"mask for {given!r}",
                 expected=f"the parameter's shape {tuple(parameter.shape)}",
                 got=str(tuple(mask.shape)),
-                do=f"A mask is one bool per weight. To keep whole rows: {_rows(parameter)}.",
+                do=f"A mask is one bool per weight. To keep whole rows: {_rows(parameter)}.{_another(fitted, every)}",
             )
         name = own_name[id(parameter)]
         if given not in every and (other := _unpruned_name(parameter, every)):
@@ -226,6 +243,16 @@ def _matched(masks: Mapping[str, Tensor], model: nn.Module) -> Iterator[tuple[st
             )
         seen[name] = given
         yield name, mask
+
+
+def _parameter(name: str, every: Mapping[str, Tensor]) -> Tensor | None:
+    return every.get(name, every.get(f"{name}_orig"))
+
+
+def _another(masks: Mapping[str, Tensor], every: Mapping[str, Tensor]) -> str:
+    """A question, where several masks have the shapes of other weights."""
+    wrong = sum((p := _parameter(name, every)) is not None and p.shape != m.shape for name, m in masks.items())
+    return f" So it is with {wrong} masks of {len(masks)}: are they of another model?" if wrong > 1 else ""
 
 
 def _rows(weight: Tensor) -> str:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TypeGuard
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fxsparse.errors import MaskError, first_line
+from fxsparse.errors import MaskError, first_line, near
 from fxsparse.ir.files import as_path
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training scripts put the state dict
@@ -29,24 +30,32 @@ def load(path: str | os.PathLike[str]) -> Mapping[str, object]:
     given = as_path(path, "masks or a checkpoint")
     where = f"masks file {os.fspath(path)!r}"
     try:
-        found = _folder(given, where) if given.is_dir() else _file(given)
+        found = _folder(given, where) if given.is_dir() else stored(given)
     except MaskError:
         raise
     except Exception as error:  # noqa: BLE001 - a damaged pickle can raise anything
         raise MaskError(
             where, expected="a readable .safetensors file, or a state dict or masks saved by torch.save",
-            got=_got(error), do=_advice(error),
+            got=failure(error), do=_advice(error, given),
         ) from None  # fmt: skip
     if not isinstance(found, Mapping) or not found or not all(isinstance(key, str) for key in found):
         raise MaskError(where, expected="tensors by name", got=f"a {type(found).__name__} without names", do=_KEEP)
     return unwrapped(found)
 
 
-def _file(path: Path) -> object:
-    if path.suffix == ".safetensors":
+def stored(path: Path) -> object:
+    """What a file of safetensors, under whatever name, or of torch.save holds. What they raise passes through."""
+    if path.suffix == ".safetensors" or _is_safetensors(path):
         return load_file(path)
     loaded: object = torch.load(path, "cpu", weights_only=True)
     return loaded
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether it begins as they do: the length of a header, little endian in 8 bytes, and a header of JSON."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size - 8
 
 
 def _folder(path: Path, where: str) -> dict[str, Tensor]:
@@ -77,14 +86,21 @@ def are_tensors(value: object) -> TypeGuard[Mapping[str, Tensor]]:
     return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
 
 
-def _got(error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError):
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
-        return f"a pickle of {named[1]}, which could run code" if named else "a damaged pickle, or no pickle at all"
-    return first_line(error)
+def failure(error: Exception) -> str:
+    """What a file is, by the error of `stored`. Of what is no pickle at all, unpickling says KeyError: 101."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, (OSError, RuntimeError, SafetensorError)):
+        return first_line(error)
+    named = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+    return f"a pickle of {named[1]}, which could run code" if named else "no checkpoint, or a damaged one"
 
 
-def _advice(error: Exception) -> str:
+def _advice(error: Exception, path: Path) -> str:
+    if isinstance(error, FileNotFoundError) and path.parent.is_dir():
+        return near(path.name, os.listdir(path.parent)) or f"It was looked for in {path.parent.resolve()}."
+    if isinstance(error, pickle.UnpicklingError) and "GLOBAL fxsparse." in str(error):
+        return "Save masks with masks.save(path): that file holds tensors alone."
     if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
         return (
             "A whole pickled model is not read. Load it where you trust it and save its state dict. "
