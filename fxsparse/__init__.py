@@ -1,8 +1,13 @@
 """fxsparse: the sparsity compiler for PyTorch.
 
 `compile(model, masks, example_inputs=(x,))` returns a module that computes the same function, faster, verified and
-measured; `plan(model, masks, (x,))` is the dry run: what would go, what would not, and why.
+measured; `plan(model, masks, (x,))` is the dry run: what would go, what would not, and why. `fxsparse.prune`,
+`fxsparse.coarsen` and `fxsparse.train` make masks; they are imported when they are first named.
 """
+
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from fxsparse.compiler import compile, plan
 from fxsparse.errors import (
@@ -21,6 +26,11 @@ from fxsparse.loading import load
 from fxsparse.module import SparseModule
 from fxsparse.readers import Checkpoint, read
 from fxsparse.report import Report
+
+if TYPE_CHECKING:
+    from fxsparse import coarsen as coarsen
+    from fxsparse import prune as prune
+    from fxsparse import train as train
 
 __version__ = VERSION
 
@@ -45,3 +55,15 @@ __all__ = [
     "plan",
     "read",
 ]
+_PARTS = ("coarsen", "prune", "train")
+
+if not TYPE_CHECKING:  # a type checker would take any name for one of them
+
+    def __getattr__(name: str) -> ModuleType:
+        if name in _PARTS:
+            return importlib.import_module(f"fxsparse.{name}")
+        raise AttributeError(f"module 'fxsparse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_PARTS, "__version__"])

@@ -17,9 +17,10 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxsparse.arguments import check_bool, check_cache_dir, checked_inputs, checked_model
-from fxsparse.backend import Target, find_target
+from fxsparse.backend import TARGETS, Target, find_target
 from fxsparse.backend.target import COMPILING
 from fxsparse.contest import Contest, contest
+from fxsparse.doubts import warn_of_doubts
 from fxsparse.errors import CaptureError, InputError, TargetError, VerificationError, first_line, near
 from fxsparse.explain import Layer, layers_of, parameters_after, rows_of, with_formats, without_a_row
 from fxsparse.formats import FORMATS
@@ -34,7 +35,7 @@ from fxsparse.measure import LayerTimes
 from fxsparse.module import Build, SparseModule, without_autocast
 from fxsparse.passes import STORAGE, STRUCTURE, Context, canonicalize, name_of
 from fxsparse.passes import run as run_passes
-from fxsparse.readers import read
+from fxsparse.readers import Checkpoint, read
 from fxsparse.report import Report, Row
 from fxsparse.verify import Reference, check, probed
 
@@ -129,8 +130,10 @@ def compile(
 ) -> SparseModule:
     """The masked model as a module that computes the same function, faster. `model` is not modified.
 
+    model           compiled as it computes in evaluation mode, with a warning where its own mode is another
     masks           Masks, a dict by parameter name (bool, uint8 or float 0/1), a path of anything that `fxsparse.read`
-                    reads, or None: then zeros in the weights and torch.nn.utils.prune masks are found
+                    reads (for its weights, load them), or None: then zeros in the weights and torch.nn.utils.prune
+                    masks are found
     target          "inductor" (default), "auto" (Inductor, ONNX Runtime on a CPU or eager on a GPU: what is measured
                     fastest, and Inductor if nothing is), "inductor_cpp" (its calls in C++), "eager", "onnx" (ONNX
                     Runtime, CPU) or "tensorrt"
@@ -147,7 +150,9 @@ def compile(
     Raises MaskError, InputError, CaptureError, TargetError or VerificationError, each with the way out.
     """
     options = checked_options(target, dynamic_batch, formats, verify, measure, cache_dir)
-    found = as_masks(masks).check(checked_model(model))
+    given = as_checkpoint(masks)
+    found = given.masks.check(checked_model(model))
+    warn_of_doubts(model, found, given, masks)
     module = SparseModule(functools.partial(_build, model, found, options))
     return module if example_inputs is None else module.prepare(example_inputs)
 
@@ -411,10 +416,23 @@ def _checked(target: str, formats: str, verify: str) -> Target:
 
 def as_masks(masks: MaskSource) -> Masks:
     """Masks of whatever the user gave; none for None. Raises InputError or MaskError."""
+    return as_checkpoint(masks).masks
+
+
+def as_checkpoint(masks: MaskSource) -> Checkpoint:
+    """Masks of whatever the user gave, and the weights beside them in a file. Raises InputError or MaskError."""
+    if not isinstance(masks, (str, os.PathLike)):
+        return Checkpoint("arguments", _given(masks))
+    if masks in TARGETS and not os.path.exists(masks):
+        raise InputError("masks", expected="Masks, a dict by parameter name, a path or None",
+                         got=f"{masks!r}, the name of a target and of no file",
+                         do=f"Did you mean target={masks!r}? The second argument is the masks.")  # fmt: skip
+    return read(masks)
+
+
+def _given(masks: Masks | Mapping[str, Tensor] | None) -> Masks:
     if masks is None or isinstance(masks, Masks):
         return masks or Masks()
-    if isinstance(masks, (str, os.PathLike)):
-        return read(masks).masks
     if not isinstance(masks, Mapping):
         raise InputError("masks", expected="Masks, a dict by parameter name, a path or None", got=type(masks).__name__,
                          do="For zeros that are already in the weights, leave masks out.")  # fmt: skip

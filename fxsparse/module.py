@@ -9,6 +9,7 @@ import inspect
 import logging
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ from fxsparse.report import Report
 
 log = logging.getLogger("fxsparse")
 _AGAIN = "Compile again with example_inputs of the new shape and dtype; one SparseModule serves one signature."
+_EACH_SHAPE = _AGAIN + " For inputs of many shapes: torch.compile(model, backend='fxsparse') builds for each."
 _NO_BATCH = (
     "An input without a batch is told by its size: compile with an example of another batch size than its dimension 0, "
     "or with dynamic_batch=False."
@@ -89,6 +91,7 @@ class SparseModule(nn.Module):
         super().__init__()
         self._make: Callable[[Call], Build] | None = build
         self._build: Build | None = None
+        self._told = False
         super().train(False)
 
     @classmethod
@@ -155,11 +158,23 @@ class SparseModule(nn.Module):
             raise _misfit("inputs in the form of example_inputs", str(error)) from None
 
     def train(self, mode: bool = True) -> SparseModule:
-        """Only evaluation: raises InputError for `mode=True`."""
-        if mode:
-            raise InputError("train() of a SparseModule", expected="evaluation mode", got="training mode",
-                             do="Train the original model under its masks, then compile it again.")  # fmt: skip
+        """It stays in evaluation mode, and says so once: a part of a model that is trained may well be frozen."""
+        if mode and not self._told:
+            self._told = True
+            warnings.warn(
+                "a SparseModule stays in evaluation mode, and no gradients pass through it. To train what it was "
+                "compiled from, train the original model under its masks, then compile it again.",
+                UserWarning,
+                stacklevel=2,
+            )
         return self
+
+    def extra_repr(self) -> str:
+        """Inputs, target and verdict, on one line."""
+        if self._build is None:
+            return "not compiled yet: the first call does it"
+        report = self._build.report
+        return f"{'; '.join(_served(self._build))}; target {report.target!r}; {report.verdict}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseModule:
         """For .to(), .half() and their like, on it or on a module around it. InputError where they ask for a change."""
@@ -302,14 +317,20 @@ def _check_inputs(build: Build, inputs: Sequence[Any]) -> bool:
             raise _misfit(_describe(example), _describe(x), _where(build, i))
         if x.shape != example.shape:
             if not varies or x.dim() != example.dim() or x.shape[1:] != example.shape[1:]:
-                expected = _describe(example) + (", any batch size" if varies else "")
-                raise _misfit(expected, _describe(x), _where(build, i))
+                do = _EACH_SHAPE if x.dim() == example.dim() else _AGAIN
+                raise _misfit(_served(build)[i], _describe(x), _where(build, i), do)
             same = False
         if varies:
             batches.add(x.shape[0])
     if len(batches) > 1:  # code for one would read past the other
         raise _misfit("one batch size in all inputs", f"batch sizes {sorted(batches)}", do=_NO_BATCH)
     return same
+
+
+def _served(build: Build) -> list[str]:
+    """Each input that it takes."""
+    sizes = zip(build.example, build.varies, strict=True)
+    return [_describe(x) + (", any batch size" if varies else "") for x, varies in sizes]
 
 
 def _where(build: Build, index: int) -> str:

@@ -324,6 +324,15 @@ def test_a_chosen_channels_last_build_is_right_at_other_batch_sizes_too(
         agree(fast(x), reference(x))
 
 
+def test_another_shape_is_sent_to_torch_compile_where_that_would_do() -> None:
+    fast = build(Net(), None, images())
+    for x, more in ((images(2, 7), True), (images()[0], False), (images().double(), False)):
+        with pytest.raises(InputError) as caught:
+            fast(x)
+        assert "Compile again with example_inputs of the new shape" in caught.value.do
+        assert ("torch.compile(model, backend='fxsparse') builds for each" in caught.value.do) is more
+
+
 @pytest.mark.parametrize(
     ("call", "expected", "got"),
     [
@@ -541,11 +550,27 @@ def test_only_evaluation_mode() -> None:
     assert not fast.training
     assert fast.eval() is fast
     assert fast.train(False) is fast
-    for train in (fast.train, nn.Sequential(fast).train):
-        with pytest.raises(InputError, match="expected evaluation mode; got training mode") as caught:
-            train()
-        assert "Train the original model" in caught.value.do
+
+
+def test_a_frozen_part_of_a_model_in_training_says_once_that_it_stays_in_evaluation_mode() -> None:
+    fast = build(Net(), None, images())
+    around = nn.Sequential(fast, nn.Linear(3, 2))
+    with pytest.warns(UserWarning, match="a SparseModule stays in evaluation mode, and no gradients pass") as told:
+        around.train()
+    assert len(told) == 1
+    assert around.train() is around  # not again: warnings are errors here
+    assert around[1].training
     assert not fast.training
+    around(images()).sum().backward()
+    assert around[1].weight.grad is not None
+
+
+def test_it_is_printed_with_what_it_serves_its_target_and_what_it_gained() -> None:
+    fast = build(Net(), None, images())
+    shown = f"torch.float32 {tuple(images().shape)} on cpu, any batch size; target 'eager'; {fast.report.verdict}"
+    assert repr(fast) == f"SparseModule({shown})"
+    assert "any batch size" not in repr(build(Net(), None, images(), dynamic_batch=False))
+    assert repr(build(Net(), None, None)) == "SparseModule(not compiled yet: the first call does it)"
 
 
 def test_results_carry_no_gradients() -> None:

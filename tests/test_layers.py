@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import fxsparse
+
 ROOT = Path(__file__).parents[1]
 FILES = sorted(p for folder in ("fxsparse", "passes") for p in (ROOT / folder).rglob("*.py"))
 OPTIONAL = {"matplotlib", "mtkahypar", "onnx", "onnxruntime", "pymetis", "sklearn", "tensorrt", "torchvision"}
@@ -18,8 +20,8 @@ OUTSIDE = {"models", "passes", "tests", "tools"}  # not in the wheel, or not und
 ORDER = (
     ("errors", "machine"), ("ir",), ("readers",), ("rules",), ("analysis",), ("kernels", "verify"), ("formats",),
     ("passes",), ("deploy",), ("backend",), ("measure",), ("picture",), ("report",), ("package",),
-    ("contest", "explain", "module"), ("arguments", "loading"), ("compiler",), ("dynamo", "export"), ("fxsparse",),
-    ("progress",), ("demo",), ("cli",), ("__main__",),
+    ("contest", "explain", "module"), ("arguments", "doubts", "loading"), ("compiler",), ("dynamo", "export"),
+    ("fxsparse",), ("progress",), ("demo",), ("cli",), ("__main__",),
 )  # fmt: skip
 MAY_USE = {room: {below for line in ORDER[:i] for below in line} for i, line in enumerate(ORDER) for room in line}
 MAY_USE["picture"] = set()
@@ -27,7 +29,7 @@ MAY_USE["report"] = {"errors", "ir", "picture"}
 REPORT = {"report_html", "report_style"}  # files of the room "report"
 ASIDE = {"coarsen", "prune", "train"}
 MAY_USE |= {room: {"errors", "ir", "rules", "formats"} | ASIDE for room in ASIDE}
-for room in ("demo", "cli"):
+for room in ("fxsparse", "demo", "cli"):
     MAY_USE[room] |= ASIDE
 
 
@@ -108,4 +110,17 @@ def test_the_passes_refuse_to_load_under_their_short_name() -> None:
 
 def test_importing_fxsparse_loads_no_compiler_and_no_optional_package() -> None:
     heavy = {"torch._inductor", "rich", *OPTIONAL}
+    heavy |= {"fxsparse.coarsen", "fxsparse.prune", "fxsparse.train"}
     assert python(f"import sys, fxsparse; print({heavy} & sys.modules.keys())") == "set()\n"
+
+
+def test_the_parts_that_make_masks_are_there_when_they_are_named() -> None:
+    said = python("import fxsparse; print(fxsparse.coarsen.refill, fxsparse.prune.prunable, fxsparse.train.imp)")
+    assert said.count("<function ") == 3
+    assert "AttributeError: module 'fxsparse' has no attribute 'tarin'" in python("import fxsparse; fxsparse.tarin")
+
+
+def test_dir_is_what_is_public() -> None:
+    public = {*fxsparse.__all__, "coarsen", "prune", "train", "__version__"}
+    assert dir(fxsparse) == sorted(public)
+    assert all(hasattr(fxsparse, name) for name in public)
