@@ -151,11 +151,14 @@ def test_a_model_has_the_same_weights_and_inputs_in_every_run(nets: Path, calls:
     assert torch.equal(calls[0]["inputs"][0], calls[1]["inputs"][0])
 
 
-def test_the_report_is_written_as_json_and_as_a_page(nets: Path, calls: list[dict[str, Any]]) -> None:
+def test_the_report_is_written_as_json_and_as_a_page(
+    nets: Path, calls: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
     files = ["--json", "new/report.json", "--html", "new/report.html"]
     assert cli.main(["compile", "nets_here:tiny", "--input", "3,4", *files]) == 0
     assert json.loads((nets / "new/report.json").read_text())["params_after"] == 5
     assert "<html" in (nets / "new/report.html").read_text()
+    assert capsys.readouterr().err.endswith("wrote new/report.json\nwrote new/report.html\n")
 
 
 def test_bench_prints_a_json_row_for_each_build(
@@ -179,12 +182,15 @@ class Saves(SimpleNamespace):
         path.write_text("library")
 
 
-def test_compile_saves_a_package_and_a_library(nets: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_saves_a_package_and_a_library(
+    nets: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(fxsparse, "compile", lambda *a, **k: Saves(report=REPORT))
     common = ["compile", "nets_here:tiny", "--input", "3,4"]
     assert cli.main([*common, "--out", "new/m.fxsparse", "--native", "--aoti", "new/m.pt2"]) == 0
     assert (nets / "new/m.fxsparse").read_text() == "package, native True"
     assert (nets / "new/m.pt2").read_text() == "library"
+    assert capsys.readouterr().err.endswith("wrote new/m.fxsparse\nwrote new/m.pt2\n")
     assert cli.main([*common, "--out", "m.fxsparse"]) == 0
     assert (nets / "m.fxsparse").read_text() == "package, native False"
 
@@ -193,6 +199,7 @@ def test_compile_saves_a_package_and_a_library(nets: Path, monkeypatch: pytest.M
     ("options", "sentence"),
     [
         (["--native"], "InputError: --native: expected --out FILE with it; got no package"),
+        (["--out", "."], "output file '.': expected a file; got a folder.\n  fast.fxsparse, say."),
         (["--aoti", "m.so"], "InputError: --aoti: expected a name that ends in .pt2"),
         (["--out", "nets_here.py/m"], "output file 'nets_here.py/m': expected a path in a folder"),
     ],
@@ -315,7 +322,10 @@ def test_what_is_not_a_model_is_refused(nets: Path, refused: Callable[..., str],
         (["--input", "3,4", "--masks", "gone.safetensors"], "MaskError: masks file 'gone.safetensors': expected "),
         (["--input", "3,4", "--weights", "gone.pt"], "weights file 'gone.pt': expected a readable state dict"),
         (["--input", "3,4", "--html", "nets_here.py/x"], "output file 'nets_here.py/x': expected a path in a folder"),
-        (["--input", "3,4", "--json", "."], "output file '.': expected a file; got a folder.\n"),
+        (["--input", "3,4", "--json", "."], "output file '.': expected a file; got a folder.\n  report.json, say."),
+        (["--input", "3,4", "--html", "/tmp"], "expected a file; got a folder.\n  /tmp/report.html, say."),
+        (["--input", "3,4", "--target", "cuda"], "A GPU is no target: it is chosen by model.cuda(), in Python.\n"),
+        (["--input", "3,4", "--target", "GPU"], "A GPU is no target"),
         (["--input", "3,4", "--json", "/proc/x"], "output file '/proc/x': expected a path in a folder"),
         (["--input", "99999999999,99999999"], "--input: expected shapes that fit into memory and ids"),
     ],
@@ -500,6 +510,7 @@ def test_coarsen_writes_new_masks_and_a_page_and_prints_what_changed(
     out, err = capsys.readouterr()
     assert out == f"{found}\n"
     assert "coarsen weight" in err
+    assert err.endswith("wrote new/out.safetensors\nwrote new/page.html\n")
     assert (nets / "new/page.html").read_text().count("data:image/png;base64,") == 3
 
 
@@ -557,6 +568,7 @@ def test_coarsen_refuses_what_does_not_fit(nets: Path, refused: Callable[..., st
         *common, "refill", "--group-rows", "4"
     )
     assert "--group-rows: expected a whole number" in refused(*common, "partition", "--group-rows", "0")
+    assert "\n  masks.safetensors, say." in refused(*common, "partition", "--out", ".")
     assert not (nets / "out.safetensors").exists()
 
 
@@ -582,6 +594,28 @@ def test_advice_names_the_flag(nets: Path, capsys: pytest.CaptureFixture[str]) -
         module.write("class Picky(nn.Module):\n    def forward(self, x): return x if x.shape[0] == 3 else -x\n")
     assert cli.main(["plan", "nets_here:Picky", "--input", "3,4"]) == 2
     assert "It can at one batch size: pass --fixed-batch." in capsys.readouterr().err
+
+
+def test_inputs_that_do_not_fit_are_said_to_be_of_the_flag(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "nets_here:tiny", "--input", "3,5"]) == 2
+    err = capsys.readouterr().err
+    assert "InputError: --input for Linear: expected inputs the model itself accepts" in err
+    assert "Pass what the model is called with: an --input for each argument" in err
+    assert "example_inputs" not in err
+    assert "VOCAB" not in err
+
+
+def test_numbers_where_ids_are_expected_are_told_how_to_be_ids(nets: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (nets / "words.py").write_text("from torch import nn\ndef net(): return nn.Embedding(9, 4)\n")
+    assert cli.main(["plan", "words:net", "--input", "1,16"]) == 2
+    assert "Of ids, say how many there are: --input 1,16:VOCAB." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["plan", "bench"])
+def test_a_folder_is_no_model(refused: Callable[..., str], tmp_path: Path, command: str) -> None:
+    given = ["--input", "3,4"] if command == "plan" else []
+    assert f"model {str(tmp_path)!r}: expected torchvision:" in (err := refused(command, str(tmp_path), *given))
+    assert "got a folder.\n" in err
 
 
 @pytest.mark.parametrize("command", ["plan", "compile", "bench"])

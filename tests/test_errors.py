@@ -103,6 +103,22 @@ def test_masks_that_are_no_mapping(masks: object) -> None:
         build(masks=masks)
 
 
+@pytest.mark.parametrize("name", ["gpu", "cuda", "cuda:0"])
+def test_a_gpu_is_no_target(name: str) -> None:
+    with refused(
+        TargetError, where=name, expected="'inductor'", got="an unknown name", do="chosen by model.cuda(), with"
+    ):
+        build(target=name)
+
+
+def test_a_folder_in_the_place_of_a_file_names_one_inside(tmp_path: Path) -> None:
+    fast = build()
+    with refused(InputError, where=str(tmp_path), expected="a file", got="a folder", do="/model.onnx, say."):
+        fxsparse.export_onnx(fast, tmp_path)
+    with refused(InputError, where=str(tmp_path), expected="a file", got="a folder", do=f"{tmp_path}/report.html"):
+        fast.report.to_html(tmp_path)
+
+
 def test_a_masks_file_that_is_missing(tmp_path: Path) -> None:
     with refused(MaskError, where="no.safetensors", expected="readable", got="no such file", do="looked for in"):
         build(masks=tmp_path / "no.safetensors")
@@ -170,7 +186,9 @@ def test_dropout_that_is_off_is_no_randomness() -> None:
             return self.rnn(F.scaled_dot_product_attention(y, y, y, dropout_p=0.0))[0]
 
     model, x = Quiet(), torch.randn(3, 5)  # in training mode: compile evaluates
-    torch.testing.assert_close(build(model, inputs=x)(x), model.eval()(x))
+    with pytest.warns(UserWarning, match="in training mode"):
+        fast = build(model, inputs=x)
+    torch.testing.assert_close(fast(x), model.eval()(x))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,13 @@ def find_target(name: str) -> Target:
     """The target called `name`. Raises TargetError when it is unknown or cannot run on this machine."""
     if name not in TARGETS:
         known = ", ".join(repr(n) for n in sorted(TARGETS))
-        raise TargetError(f"target {name!r}", expected=f"one of {known}", got="an unknown name",
-                          do=near(str(name), TARGETS) or "Pass target='inductor', the default.")  # fmt: skip
+        do = _device(name) or near(name, TARGETS) or "Pass target='inductor', the default."
+        raise TargetError(f"target {name!r}", expected=f"one of {known}", got="an unknown name", do=do)
     TARGETS[name].require()
     return TARGETS[name]
+
+
+def _device(name: str) -> str:
+    """The advice for who names a GPU."""
+    gpu = name.lower().partition(":")[0] in ("gpu", "cuda", "nvidia")
+    return "A GPU is no target: it is chosen by model.cuda(), with inputs that are there too." if gpu else ""

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 import fxsparse
-from fxsparse.cli import coarsen, options
+from fxsparse.cli import coarsen, named, options
+from fxsparse.cli.said import said
 from fxsparse.contest import timings
 from fxsparse.errors import FxSparseError, InputError, VerificationError
-from fxsparse.ir.files import writable
 from fxsparse.measure import interleave
 from fxsparse.progress import progress
 
@@ -58,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: FxSparseError, status: int) -> int:
-    text = str(error).replace("dynamic_batch=False", "--fixed-batch")  # advice is written for Python
-    print(f"{type(error).__name__}: {text}", file=sys.stderr)
+    print(f"{type(error).__name__}: {said(error)}", file=sys.stderr)
     return status
 
 
@@ -87,11 +86,13 @@ def _parser() -> argparse.ArgumentParser:
         options.add_model(each)
         options.add_run(each)
     for each in (planning, compiling):
-        each.add_argument("--html", metavar="FILE", type=writable, help="write the report as a page with pictures")
-        each.add_argument("--json", metavar="FILE", type=writable, help="write the report as JSON")
+        html, of_json = options.file_like("report.html"), options.file_like("report.json")
+        each.add_argument("--html", metavar="FILE", type=html, help="write the report as a page with pictures")
+        each.add_argument("--json", metavar="FILE", type=of_json, help="write the report as JSON")
     for each in (compiling, timing):
         options.add_build(each)
-    compiling.add_argument("--out", metavar="FILE", type=writable, help="save the result, for fxsparse.load")
+    package = options.file_like("fast.fxsparse")
+    compiling.add_argument("--out", metavar="FILE", type=package, help="save the result, for fxsparse.load")
     compiling.add_argument(
         "--aoti", metavar="FILE", type=options.pt2_file, help="compile it into a .pt2 with AOTInductor"
     )
@@ -138,12 +139,14 @@ def _compile(arguments: argparse.Namespace) -> None:
             module.save(arguments.out, native=arguments.native)
         if arguments.aoti is not None:
             module.save_aoti(arguments.aoti)
+    options.say_written(arguments.out, arguments.aoti)
 
 
 def _bench(arguments: argparse.Namespace) -> None:
     if Path(arguments.model).is_file():
         _bench_package(arguments)
         return
+    named.refuse_folder(arguments.model)
     if Path(arguments.model).suffix == ".fxsparse":
         raise InputError(f"package {arguments.model!r}", expected="a file that --out wrote", got="no such file",
                          do="fxsparse compile ... --out fast.fxsparse writes one.")  # fmt: skip
@@ -204,3 +207,4 @@ def _write(report: fxsparse.Report, arguments: argparse.Namespace) -> None:
         options.write_text(arguments.json, json.dumps(report.to_dict(), indent=2) + "\n")
     if arguments.html is not None:
         report.to_html(arguments.html)
+    options.say_written(arguments.json, arguments.html)

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import fxsparse
-from fxsparse.cli.options import add_model, model_and_masks, whole_number, write_text
+from fxsparse.cli.options import add_model, file_like, model_and_masks, say_written, whole_number, write_text
 from fxsparse.coarsen import Coarsened, n_m, partition, refill, refill_plus, regroup, shuffled_block
 from fxsparse.coarsen.given import excluded_masks
 from fxsparse.coarsen.page import page
 from fxsparse.errors import InputError, near
-from fxsparse.ir.files import writable
 from fxsparse.picture import data_uri, picture
 from fxsparse.progress import progress
 from fxsparse.prune import prunable
@@ -36,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--method", metavar="NAME", required=True, help=f"how rows and columns are chosen: {', '.join(_METHODS)}"
     )
-    parser.add_argument("--out", metavar="FILE", type=writable, required=True, help=".safetensors file to write")
+    parser.add_argument(
+        "--out", metavar="FILE", type=file_like("masks.safetensors"), required=True,
+        help="file of safetensors to write",
+    )  # fmt: skip
     parser.add_argument(
         "--group-rows", metavar="N", type=whole_number("--group-rows", 1),
         help="rows that share columns: of a group, tile or block (default: the method's own, 32 or 16)",
@@ -49,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--exclude", metavar="NAME", action="append", default=[],
         help="a module or parameter whose mask is to stay as it is; may be given again",
     )  # fmt: skip
-    parser.add_argument("--html", metavar="FILE", type=writable, help="write a page with pictures of the masks")
+    html = file_like("masks.html")
+    parser.add_argument("--html", metavar="FILE", type=html, help="write a page with pictures of the masks")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -81,6 +84,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.html is not None:
         text = page(found, masks, f"fxsparse coarsen: {arguments.model}, {arguments.method}", _draw)
         write_text(arguments.html, text)
+    say_written(arguments.out, arguments.html)
 
 
 def _masks_of(model: nn.Module) -> fxsparse.Masks:

@@ -33,6 +33,7 @@ def load_model(name: str) -> nn.Module:
                         is looked in first, so `models:vgg16_cifar` works in a checkout
     Raises InputError for a name of another form, for one that does not exist, and for one that is not a model.
     """
+    refuse_folder(name)
     source, _, attribute = name.partition(":")
     if not source or not attribute:
         raise InputError(
@@ -44,6 +45,17 @@ def load_model(name: str) -> nn.Module:
     torch.manual_seed(0)  # for modules made while theirs is imported
     model = _torchvision_model(name, attribute) if source == "torchvision" else _own_model(name, source, attribute)
     return model.eval()
+
+
+def refuse_folder(name: str) -> None:
+    """Raises InputError for a folder in the place of a model."""
+    if Path(name).is_dir() and ":" not in name:
+        raise InputError(
+            f"model {name!r}",
+            expected=MODEL_FORMS,
+            got="a folder",
+            do="Name a callable of a module in it, or for bench a package, the file that compile --out wrote.",
+        )
 
 
 def load_weights(model: nn.Module, path: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -109,10 +110,22 @@ def write_text(path: Path, text: str) -> None:
         name.write_text(text, encoding="utf-8")
 
 
+def say_written(*paths: Path | None) -> None:
+    """A line on standard error for each file."""
+    for path in paths:
+        if path is not None:
+            print(f"wrote {path}", file=sys.stderr)
+
+
+def file_like(name: str) -> Callable[[str], Path]:
+    """Reads a path to write to. Raises InputError where it cannot be; `name` is what such a file may be called."""
+    return functools.partial(writable, like=name)
+
+
 def pt2_file(text: str) -> Path:
     """A path for AOTInductor's package."""
     check_suffix(text, "--aoti")
-    return writable(text)
+    return writable(text, "model.pt2")
 
 
 def whole_number(flag: str, least: int) -> Callable[[str], int]:
