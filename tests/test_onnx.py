@@ -364,8 +364,8 @@ def test_only_compiled_models_and_writable_paths(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"what fxsparse\.compile returned; got Small"):
         fxsparse.export_onnx(Small(), tmp_path / "m.onnx")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="never called"):
-        fxsparse.export_onnx(fxsparse.compile(Small(), target="eager"), tmp_path / "m.onnx")
-    fast = fxsparse.compile(Small(), {}, "eager", example_inputs=(torch.randn(1, 3, 8, 8),), measure=False)
+        fxsparse.export_onnx(fxsparse.compile(Small().eval(), target="eager"), tmp_path / "m.onnx")
+    fast = fxsparse.compile(Small().eval(), {}, "eager", example_inputs=(torch.randn(1, 3, 8, 8),), measure=False)
     with pytest.raises(InputError, match="got a folder"):
         fxsparse.export_onnx(fast, tmp_path)
     (tmp_path / "file").touch()
