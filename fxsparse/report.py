@@ -65,21 +65,27 @@ class Row:
 
 @dataclass(frozen=True)
 class Timing:
-    """One build, timed in interleaved pairs with the others: median, 20th and 80th percentile of `runs` runs."""
+    """One build, timed in interleaved pairs with the others: median, 20th and 80th percentile of `runs` runs.
+
+    together  in the rounds that the speedup is of; else at another time, when the machine may have been faster or slower
+    """
 
     build: str
     median_ms: float
     p20_ms: float
     p80_ms: float
     runs: int
+    together: bool = True
 
 
 @dataclass(frozen=True)
 class Report:
     """The decisions of a run and what they gained. `str()` is a table, `to_dict()` JSON, `to_html()` a page.
 
-    dense_ms, sparse_ms    the best dense build, and ours; None when not measured
-    speedup_low, _high     spread of the paired ratio dense / sparse
+    dense_ms, sparse_ms    medians of the best dense build, the fastest of those timed together with ours, and of ours;
+                           None when not measured
+    speedup_median         of the ratio dense / sparse within a round
+    speedup_low, _high     its 20th and 80th percentile
     chosen                 "sparse"; "dense" when the rewritten build was slower; "not measured" for a dry run
     environment            torch, python, cpu, threads, date, shapes: what the numbers depend on
     masks                  for the pictures of `to_html`; not part of the JSON
@@ -96,6 +102,7 @@ class Report:
     dense_ms: float | None = None
     sparse_ms: float | None = None
     speedup_low: float | None = None
+    speedup_median: float | None = None
     speedup_high: float | None = None
     verification: str = ""
     chosen: str = "sparse"
@@ -104,7 +111,9 @@ class Report:
 
     @property
     def speedup(self) -> float | None:
-        """dense_ms / sparse_ms, or None when one of them was not measured."""
+        """The median ratio within a round; of the two medians where that is not known, None when not measured."""
+        if self.speedup_median is not None:
+            return self.speedup_median
         return self.dense_ms / self.sparse_ms if self.dense_ms is not None and self.sparse_ms else None
 
     @property
@@ -231,6 +240,13 @@ def _with_tuples(plain: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()}
 
 
+def elsewhen(timings: Iterable[Timing]) -> str:
+    """What the star behind a build's name says; empty where none has one."""
+    if all(timing.together for timing in timings):
+        return ""
+    return "* timed in other rounds, when the machine may have been faster or slower: not compared"
+
+
 def _speed(report: Report) -> str:
     if report.speedup is None:
         return ""
@@ -352,7 +368,8 @@ def _totals(report: Report) -> str:
         + f" ({percent(report.macs_after, report.macs_before)}), one sample",
     ]
     if report.dense_ms is not None and report.sparse_ms is not None:
-        lines.append(_change("time", f"{duration(report.dense_ms)} ms", f"{duration(report.sparse_ms)} ms"))
+        change = _change("time", f"{duration(report.dense_ms)} ms", f"{duration(report.sparse_ms)} ms")
+        lines.append(change + (", medians; the speedup is the median over rounds" if report.speedup_median else ""))
     if report.verification:
         lines.append(f"{'verified':<12}{report.verification}")
     return "\n".join(lines)
@@ -366,13 +383,13 @@ def _timings(timings: Sequence[Timing]) -> str:
     if not timings:
         return ""
     columns = {
-        "build": [t.build for t in timings],
+        "build": [t.build + " *" * (not t.together) for t in timings],
         "median ms": [duration(t.median_ms) for t in timings],
         "p20 ms": [duration(t.p20_ms) for t in timings],
         "p80 ms": [duration(t.p80_ms) for t in timings],
         "runs": [str(t.runs) for t in timings],
     }
-    return _table(columns)
+    return f"{_table(columns)}\n{elsewhen(timings)}".rstrip()
 
 
 def _decisions(report: Report) -> str:

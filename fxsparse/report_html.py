@@ -12,7 +12,18 @@ from torch import Tensor
 from fxsparse.ir.decision import Plan
 from fxsparse.ir.files import whole_file, writable
 from fxsparse.picture import PIXELS, data_uri, picture
-from fxsparse.report import Report, Row, count, duration, format_name, percent, reasons, shape_change, short_names
+from fxsparse.report import (
+    Report,
+    Row,
+    count,
+    duration,
+    elsewhen,
+    format_name,
+    percent,
+    reasons,
+    shape_change,
+    short_names,
+)
 from fxsparse.report_style import STYLE
 
 _PICTURES = 24
@@ -137,7 +148,7 @@ class _Group:
 def _builds(report: Report) -> str:
     groups = [
         _Group(
-            label=timing.build,
+            label=timing.build + " *" * (not timing.together),
             title=f"{timing.build}: median of {timing.runs} runs",
             bars=(_Bar(_kind(timing.build), timing.median_ms, timing.p20_ms, timing.p80_ms),),
             note=f"{duration(timing.median_ms)} ms  ({duration(timing.p20_ms)} to {duration(timing.p80_ms)})",
@@ -148,7 +159,8 @@ def _builds(report: Report) -> str:
         return ""
     runs = sorted({timing.runs for timing in report.timings})
     said = str(runs[0]) if len(runs) == 1 else f"{runs[0]} to {runs[-1]}"
-    return _chart(groups, thick=16) + _note(f"Median of {said} interleaved runs; the line spans p20 to p80.")
+    notes = [f"Median of {said} interleaved runs; the line spans p20 to p80.", elsewhen(report.timings)]
+    return _chart(groups, thick=16) + "".join(_note(note) for note in notes if note)
 
 
 def _kind(build: str) -> str:

@@ -134,6 +134,25 @@ def test_speedup_is_dense_over_sparse_and_none_when_not_measured() -> None:
     assert a_report(dense_ms=None).speedup is None
 
 
+def test_the_headline_is_the_median_that_its_spread_is_of() -> None:
+    """Medians of 9.0 and 3.2 ms in a noisy hour say 2.8; within a round it was 1.9."""
+    report = a_report(dense_ms=9.0, sparse_ms=3.2, speedup_low=1.2, speedup_median=1.9, speedup_high=2.9)
+    assert report.speedup == 1.9
+    assert "1.90 times the speed of the best dense build (1.20 to 2.90 in pairs)" in report.verdict
+    assert "9.00 ms -> 3.20 ms, medians; the speedup is the median over rounds" in str(report)
+    assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_builds_of_other_rounds_have_a_star() -> None:
+    early = Timing("eager, contiguous", 5.0, 4.0, 6.0, 3, together=False)
+    report = a_report(timings=(*a_report().timings, early))
+    for text in (str(report), Reader(page(report)).text):
+        assert "eager, contiguous *" in text
+        assert "* timed in other rounds, when the machine may have been faster or slower: not compared" in text
+        assert "sparse: inductor *" not in text
+    assert "* timed" not in str(a_report()) + page(a_report())
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
