@@ -67,7 +67,7 @@ class Row:
 class Timing:
     """One build, timed in interleaved pairs with the others: median, 20th and 80th percentile of `runs` runs.
 
-    together  in the rounds that the speedup is of; else at another time, when the machine may have been faster or slower
+    together  in the rounds that the speedup is of; else at another time, on a machine that was faster or slower then
     """
 
     build: str
