@@ -13,7 +13,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from fxsparse.ir.decision import Decision
+from fxsparse.ir.decision import OUTPUT, Decision
 from fxsparse.ir.masks import Masks
 
 _WIDTH = 138  # characters in a line of the table
@@ -115,6 +115,12 @@ class Report:
         if self.speedup_median is not None:
             return self.speedup_median
         return self.dense_ms / self.sparse_ms if self.dense_ms is not None and self.sparse_ms else None
+
+    @property
+    def warning(self) -> str:
+        """That the masks leave a network whose output is always the same; empty for all others."""
+        why = next((d.why for d in self.decisions if d.where == OUTPUT), "")
+        return why and f"The output does not depend on the input: {why}. In a mask, True means kept."
 
     @property
     def verdict(self) -> str:
@@ -257,7 +263,8 @@ def _speed(report: Report) -> str:
 
 
 def _heading(report: Report) -> str:
-    return f"fxsparse report, target {report.target}\n{_wrap(report.verdict)}"
+    sentences = [_wrap(text) for text in (report.warning, report.verdict) if text]
+    return "\n".join([f"fxsparse report, target {report.target}", *sentences])
 
 
 # the table of weights

@@ -86,7 +86,8 @@ def _note(text: str) -> str:
 def _verdict(report: Report) -> str:
     kind = {"dense": "warn", "sparse": "good"}.get(report.chosen, "plain")
     verified = f"<br><span>Verified: {escape(report.verification)}</span>" if report.verification else ""
-    return f'<p class="verdict {kind}">{escape(report.verdict)}{verified}</p>'
+    warning = f'<p class="verdict warn">{escape(report.warning)}</p>\n' if report.warning else ""
+    return f'{warning}<p class="verdict {kind}">{escape(report.verdict)}{verified}</p>'
 
 
 def _tiles(report: Report) -> str:

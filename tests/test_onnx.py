@@ -207,7 +207,9 @@ def test_a_file_is_standard_checked_dynamic_and_verified_at_several_batch_sizes(
 
 def test_unstructured_weights_are_written_dense_and_that_is_said(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.Flatten(), nn.Linear(32 * 4, 32), nn.Linear(32, 10)).eval()
-    masks = {name: torch.rand(w.shape) < 0.1 for name, w in model.named_parameters() if name in ("0.weight", "2.weight")}
+    masks = {
+        name: torch.rand(w.shape) < 0.1 for name, w in model.named_parameters() if name in ("0.weight", "2.weight")
+    }
     x = torch.randn(2, 16, 4, 4)
     fast = fxsparse.compile(model, masks, "eager", example_inputs=x, formats="unstructured", measure=False)
     file = fxsparse.export_onnx(fast, tmp_path / "model.onnx", verify=False)

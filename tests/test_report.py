@@ -16,13 +16,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+import fxsparse
 from fxsparse.errors import InputError
 from fxsparse.ir.decision import Decision
 from fxsparse.ir.masks import Masks
 from fxsparse.picture import picture, png
 from fxsparse.report import Report, Row, Timing, _in_brief, count, duration, percent, reasons, shape_change, short_names
 from fxsparse.report_html import page
+from tests.test_storage import Of
 
 BLUE, ORANGE = (37, 106, 210), (226, 106, 46)
 DENSE = "The dense build is returned: the rewritten one was measured"
@@ -141,6 +144,33 @@ def test_the_headline_is_the_median_that_its_spread_is_of() -> None:
     assert "1.90 times the speed of the best dense build (1.20 to 2.90 in pairs)" in report.verdict
     assert "9.00 ms -> 3.20 ms, medians; the speedup is the median over rounds" in str(report)
     assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def warning_of(model: nn.Module, masks: dict[str, torch.Tensor]) -> str:
+    return fxsparse.plan(model.eval(), masks, torch.randn(2, 4)).warning
+
+
+def test_a_network_without_a_way_through_says_so_first() -> None:
+    def none(rows: int, columns: int) -> torch.Tensor:
+        return torch.zeros(rows, columns, dtype=torch.bool)
+
+    def net() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3))
+
+    sentence = "The output does not depend on the input: {}. In a mask, True means kept."
+    report = fxsparse.plan(net().eval(), {"2.weight": none(6, 6)}, torch.randn(2, 4))
+    assert report.warning == sentence.format("2.weight keeps nothing")
+    assert str(report).split("\n")[1] == report.warning
+    assert f'<p class="verdict warn">{report.warning}</p>' in page(report)
+    both = warning_of(net(), {"0.weight": none(6, 4), "2.weight": none(6, 6)})
+    assert both == sentence.format("0.weight, 2.weight keep nothing")
+    upper, lower = none(6, 4), none(6, 6)
+    upper[:3], lower[:, 3:] = True, True  # the second reads the rows that the first does not write
+    apart = warning_of(net(), {"0.weight": upper, "2.weight": lower})
+    assert apart == sentence.format("the kept weights leave no way from it to the output")
+    assert warning_of(net(), {"0.weight": upper}) == warning_of(net(), {}) == ""
+    around = Of(lambda m, y: y + m["a"](y), a=nn.Linear(4, 4))
+    assert warning_of(around, {"layers.a.weight": none(4, 4)}) == ""
 
 
 def test_builds_of_other_rounds_have_a_star() -> None:
