@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -210,6 +211,13 @@ def format_name(stored: str) -> str:
     return "n:m" if stored == "n_m" else stored.replace("_", " ")
 
 
+def stored_as(row: Row) -> str:
+    """Its format as it is written in tables, and by its true name where the format keeps everything or nothing."""
+    if row.stored == "dense" or 0 < row.params_after < math.prod(row.new_shape):
+        return format_name(row.stored)
+    return "one dense block" if row.params_after else "nothing"
+
+
 def percent(after: float, before: float) -> str:
     """What is left: 45%; never 0% or 100% when it is not exactly that. Empty when there was nothing."""
     if not before:
@@ -295,7 +303,7 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[str]]:
         "density": lambda row: f"{row.density:.3f}",
         "rows\nremoved": lambda row: str(row.rows_removed or ""),
         "columns\nremoved": lambda row: str(row.columns_removed or ""),
-        "stored as": lambda row: format_name(row.stored) if any(r.stored != "dense" for r in rows) else "",
+        "stored as": lambda row: stored_as(row) if any(r.stored != "dense" for r in rows) else "",
         "params": lambda row: f"{count(row.params_after)} {percent(row.params_after, row.params_before):>4}",
         "MACs": lambda row: f"{count(row.macs_after)} {percent(row.macs_after, row.macs_before):>4}",
         "dense\nus": lambda row: duration(row.dense_us),
@@ -336,19 +344,38 @@ def _in_brief(reasons: Iterable[str]) -> list[str]:
 
 
 def short_names(names: Sequence[str], width: int) -> list[str]:
-    """Names without `.weight`, folders abbreviated from the left until they fit; in full where two would be equal."""
-    short = {name: _short(name.removesuffix(".weight"), width) for name in names}
+    """Names without `.weight`, folders abbreviated from the left until they fit; in full where two would be equal.
+
+    A folder that one name has to abbreviate is abbreviated in all, and those alike but for a number with it.
+    """
+    paths = {name: name.removesuffix(".weight").split(".") for name in names}
+    folders = {_numberless(path[:n]) for path in paths.values() for n in range(1, _abbreviated(path, width) + 1)}
+    short = {name: _short(path, folders) for name, path in paths.items()}
     seen = Counter(short.values())
     return [short[name] if seen[short[name]] == 1 else name for name in names]
 
 
-def _short(name: str, width: int) -> str:
-    """`features.denseblock3.layer24.conv2` is `f.d3.layer24.conv2`: first letters, with the digits behind them."""
-    parts = name.split(".")
-    for i, part in enumerate(parts[:-1]):
-        if len(".".join(parts)) > width:
-            parts[i] = re.sub(r"^(\D).*?(\d*)$", r"\1\2", part)
-    return ".".join(parts)
+def _abbreviated(path: Sequence[str], width: int) -> int:
+    """How many of its folders are abbreviated before it fits."""
+    for n in range(len(path)):
+        if len(".".join([*map(_initial, path[:n]), *path[n:]])) <= width:
+            return n
+    return len(path) - 1
+
+
+def _short(path: Sequence[str], folders: Container[str]) -> str:
+    """`features.denseblock3.layer24.conv2` is `f.d3.layer24.conv2`."""
+    return ".".join(_initial(part) if _numberless(path[: i + 1]) in folders and i < len(path) - 1 else part
+                    for i, part in enumerate(path))  # fmt: skip
+
+
+def _initial(part: str) -> str:
+    """Its first letter, with the digits behind it."""
+    return re.sub(r"^(\D).*?(\d*)$", r"\1\2", part)
+
+
+def _numberless(folder: Sequence[str]) -> str:
+    return re.sub(r"\d+", "#", ".".join(folder))
 
 
 def _cell_width(cells: Iterable[str]) -> int:

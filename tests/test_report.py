@@ -23,7 +23,19 @@ from fxsparse.errors import InputError
 from fxsparse.ir.decision import Decision
 from fxsparse.ir.masks import Masks
 from fxsparse.picture import picture, png
-from fxsparse.report import Report, Row, Timing, _in_brief, count, duration, percent, reasons, shape_change, short_names
+from fxsparse.report import (
+    Report,
+    Row,
+    Timing,
+    _in_brief,
+    count,
+    duration,
+    percent,
+    reasons,
+    shape_change,
+    short_names,
+    stored_as,
+)
 from fxsparse.report_html import page
 from tests.test_storage import Of
 
@@ -126,6 +138,29 @@ def test_long_names_are_abbreviated_from_the_left_and_stay_different() -> None:
     clash = ["encoder.attention.projection.weight", "embedding.attention.projection.weight"]
     assert short_names(clash, 24) == clash
     assert short_names(["a.weight", "a"], 24) == ["a.weight", "a"]
+
+
+def test_siblings_are_abbreviated_alike() -> None:
+    layer = "encoder.layer.{}.{}.weight"
+    names = [layer.format(i, part) for i in (0, 11) for part in ("attention.self.query", "attention.self.key",
+                                                                 "attention.output.dense", "output.dense")]  # fmt: skip
+    assert short_names([*names, "pooler.weight"], 24) == [
+        "e.l.0.a.self.query", "e.l.0.a.self.key", "e.l.0.a.output.dense", "e.l.0.output.dense",
+        "e.l.11.a.self.query", "e.l.11.a.self.key", "e.l.11.a.output.dense", "e.l.11.output.dense", "pooler",
+    ]  # fmt: skip
+    assert short_names(["layer4.1.conv2.weight", "layer4.1.conv1.weight"], 24) == ["layer4.1.conv2", "layer4.1.conv1"]
+
+
+@pytest.mark.parametrize(
+    ("stored", "params", "said"),
+    [("shuffled_block", 292, "one dense block"), ("unstructured", 288, "one dense block"), ("n_m", 144, "n:m"),
+     ("shuffled_block", 0, "nothing"), ("shuffled_block", 287, "shuffled block")],
+)  # fmt: skip
+def test_a_format_that_keeps_everything_or_nothing_is_called_so(stored: str, params: int, said: str) -> None:
+    row = a_row(stored=stored, params_after=params)
+    assert said in str(a_report(rows=(row,)))
+    assert f">{said}<" in page(a_report(rows=(row,)))
+    assert stored_as(a_row()) == "dense"
 
 
 # what it says
@@ -447,6 +482,14 @@ def test_a_chart_of_many_layers_keeps_the_slowest_and_says_so() -> None:
     assert "The 10 fastest layers are left out." in text
     assert ">block.10</text>" in text
     assert ">block.9</text>" not in text
+
+
+def test_charts_are_images_with_a_text() -> None:
+    charts = [attributes for tag, attributes in Reader(page(a_full_report())).tags if tag == "svg"]
+    assert [chart["role"] for chart in charts] == ["img", "img"]
+    builds, layers = (chart["aria-label"] or "" for chart in charts)
+    assert builds.startswith("Time of each build. inductor, channels_last: median of 40 runs: 12.0 ms")
+    assert "layer1.0.conv1.weight: 10.0" in layers
 
 
 def test_a_dry_run_shows_no_times() -> None:
