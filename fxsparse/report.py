@@ -258,7 +258,7 @@ def elsewhen(timings: Iterable[Timing]) -> str:
     """What the star behind a build's name says; empty where none has one."""
     if all(timing.together for timing in timings):
         return ""
-    return "* timed in other rounds, when the machine may have been faster or slower: not compared"
+    return "* not timed in the same rounds as ours: the machine may have been faster or slower then"
 
 
 def _speed(report: Report) -> str:
