@@ -41,6 +41,7 @@ class Contest:
                a dense build is returned
     any_size   whether `run` takes other sizes too
     decisions  what the target itself decided about that one
+    ratio      dense_ms / sparse_ms within a round: the 20th percentile, the median, the 80th percentile
     """
 
     gm: fx.GraphModule
@@ -54,7 +55,7 @@ class Contest:
     decisions: tuple[Decision, ...] = ()
     dense_ms: float | None = None
     sparse_ms: float | None = None
-    spread: tuple[float | None, float | None] = field(default=(None, None))
+    ratio: tuple[float | None, float | None, float | None] = field(default=(None, None, None))
 
     def after(self, refused: Target, error: FxSparseError) -> Contest:
         """With the decision that `refused`, which had won before, computes something else."""
@@ -64,7 +65,7 @@ class Contest:
         """The fields of a Report that come from here."""
         return {
             "chosen": self.chosen, "timings": self.timings, "dense_ms": self.dense_ms, "sparse_ms": self.sparse_ms,
-            "speedup_low": self.spread[0], "speedup_high": self.spread[1],
+            "speedup_low": self.ratio[0], "speedup_median": self.ratio[1], "speedup_high": self.ratio[2],
         }  # fmt: skip
 
 
@@ -90,19 +91,20 @@ def contest(
     competing, refused = _competing(runners, {"": sparse, **(also or {})}, inputs, any_size)
     rivals = dense_builds(dense, inputs, target, any_size)
     ours, best, runs = _fastest(competing, rivals, inputs)
-    timed = runs.ms
+    stages = [runs]
     if not any_size and (refined := _refined(competing, rivals, runs, inputs)):
         ours, best, runs = _fastest([ours, refined[0]], [best, refined[1]], inputs)
-        timed = {**timed, **runs.ms}
+        stages.append(runs)
     runs = settled(runs, best.name, ours.name, {b.name: _call(b, inputs) for b in (best, ours)})
-    ratios, timed = runs.ratios(best.name, ours.name), {**timed, **runs.ms}
-    faster = ratios[len(ratios) // 2] >= 1.0
+    ratios = runs.ratios(best.name, ours.name)
+    low, middle, high = (ratios[len(ratios) * tenths // 10] for tenths in (2, 5, 8))
+    faster = middle >= 1.0
     won = ours if faster else best
     decisions += [*refused, *_ran(target, won), *_decisions(ours)]
     return Contest(
         won.gm, won.run, won.prepare, won.target, "sparse" if faster else "dense", ours.rewritten or ours.gm, any_size,
-        timings(Runs(timed)), tuple(decisions), runs.median(best.name), runs.median(ours.name),
-        (ratios[len(ratios) // 5], ratios[len(ratios) * 4 // 5]),
+        _every_timing(stages, runs, ours.name), tuple(decisions), runs.median(best.name), runs.median(ours.name),
+        (low, middle, high),
     )  # fmt: skip
 
 
@@ -208,7 +210,8 @@ def _refined(
         if ours is None or not theirs or ms(ours) > NEAR_TIE * min(map(ms, own)):
             continue
         if target.worthwhile(ours.gm, ms(ours)):
-            return _lowered_by(target, ours, min(theirs, key=ms), inputs)
+            fastest = runs.fastest([b.name for b in theirs])  # of those timed longest: not by a few lucky rounds
+            return _lowered_by(target, ours, next(b for b in theirs if b.name == fastest), inputs)
     return None
 
 
@@ -263,6 +266,19 @@ def _call(build: _Build, inputs: Sequence[Any]) -> Callable[[], object]:
 
 def _decisions(build: _Build) -> tuple[Decision, ...]:
     return tuple(getattr(build.run, "decisions", ()))
+
+
+def _every_timing(stages: Sequence[Runs], last: Runs, ours: str) -> tuple[Timing, ...]:
+    """A row for each build: of the last rounds, in which `ours` ran, or else of the stage that timed it longest.
+
+    A machine's speed changes from one stage to the next: rows of two stages are not merged, and not compared.
+    """
+    rounds = len(last.ms[ours])
+    found = {name: ms for name, ms in last.ms.items() if len(ms) == rounds}
+    names = dict.fromkeys(name for runs in stages for name in runs.ms)
+    longest = {name: max((runs.ms.get(name, ()) for runs in stages), key=len) for name in names}
+    rows = timings(Runs({**longest, **found}))
+    return tuple(dataclasses.replace(row, together=row.build in found) for row in rows)
 
 
 def timings(runs: Runs) -> tuple[Timing, ...]:

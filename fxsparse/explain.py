@@ -70,8 +70,9 @@ def with_formats(rows: Iterable[Row], layers: Iterable[Layer], plan: Plan) -> li
     decided = {d.data["node"]: d for d in choices}  # the later one knows more, also where it leaves the format
     chosen = {node: d.data for node, d in decided.items() if d.data["format"] != "dense"}
     refused = {d.where: d.why for d in decided.values() if d.data["format"] == "dense"}
-    for d in sorted((d for d in plan.refused if d.step == "choose_formats" and d.why != NO_ZEROS), key=_best_first):
-        refused.setdefault(d.where, f"{d.data['format']}: {d.why}" if "sparse_us" in d.data else d.why)
+    formats = (d for d in plan.refused if d.step == "choose_formats" and not d.why.startswith(NO_ZEROS))
+    for d in sorted(formats, key=_best_first):
+        refused.setdefault(d.where, d.why)
     return [
         _stored(row, chosen[layer.node]) if layer.node in chosen
         else dataclasses.replace(row, dense_for=refused.get(_stored_name(layer), ""))

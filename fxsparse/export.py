@@ -41,6 +41,7 @@ class OnnxFile:
     not_in_tensorrt  those that TensorRT's parser does not take, by its published table
     two_four         weights that are 2:4 sparse
     verified         by batch size, how far ONNX Runtime was from the graph in float64; empty with verify=False
+    unstructured     how many weights that are stored so here are dense there, zeros and all
     """
 
     files: tuple[Path, ...]
@@ -49,6 +50,7 @@ class OnnxFile:
     not_in_tensorrt: tuple[str, ...]
     two_four: tuple[str, ...]
     verified: Mapping[int, str] = field(default_factory=dict)
+    unstructured: int = 0
 
     def __str__(self) -> str:
         count = ", ".join(f"{n} {name}" for name, n in Counter(self.operators).most_common())
@@ -57,8 +59,13 @@ class OnnxFile:
             f"operators (opset {self.opset}): {count}",
             f"not in TensorRT's table: {', '.join(self.not_in_tensorrt) or 'none'}",
             f"2:4 sparse weights: {', '.join(self.two_four) or 'none'}",
+            *([_dense_there(self.unstructured)] if self.unstructured else []),
             *(f"ONNX Runtime, batch {batch}: {said}" for batch, said in self.verified.items()),
         ])  # fmt: skip
+
+
+def _dense_there(n: int) -> str:
+    return f"{n} unstructured weight{'s are' if n > 1 else ' is'} written dense (zeros stored)"
 
 
 def export_onnx(
@@ -74,7 +81,8 @@ def export_onnx(
     path           of the model; missing folders are made
     external_data  weights in a second file, `path` + ".data"; None: above 1 GiB
     verify         compare ONNX Runtime with the graph in float64, at several batch sizes where the batch is free
-    Shuffled blocks become gathers, grouped convolutions and batched products; linear layers with 2:4 weights Gemm.
+    Shuffled blocks become gathers, grouped convolutions and batched products; linear layers with 2:4 weights Gemm;
+    unstructured weights dense ones, which the result counts.
     Raises TargetError without onnx and onnxscript (and onnxruntime to verify), for what ONNX cannot express, and to
     verify for what ONNX Runtime's CPU kernels do not compute (bfloat16);
     VerificationError when the file computes something else; InputError when `sparse` is not compiled, or for `path`.
@@ -93,7 +101,9 @@ def _write(
     verified = verify_onnx(sparse.graph_module, model, pytree.tree_leaves(sparse.example)) if verify else {}
     with writing(path):
         files = save(model, path, external_data=external_data)
-    return OnnxFile(files, model.opset, model.operators, not_in_tensorrt(model.proto), model.graph.two_four, verified)
+    foreign = not_in_tensorrt(model.proto)
+    return OnnxFile(files, model.opset, model.operators, foreign, model.graph.two_four, verified,
+                    model.graph.unstructured)  # fmt: skip
 
 
 def compiled_graph(sparse: object) -> fx.GraphModule:

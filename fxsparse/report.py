@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tabulate import tabulate
 
-from fxsparse.ir.decision import Decision
+from fxsparse.ir.decision import OUTPUT, Decision
 from fxsparse.ir.masks import Masks
 
 _WIDTH = 138  # characters in a line of the table
@@ -65,21 +66,27 @@ class Row:
 
 @dataclass(frozen=True)
 class Timing:
-    """One build, timed in interleaved pairs with the others: median, 20th and 80th percentile of `runs` runs."""
+    """One build, timed in interleaved pairs with the others: median, 20th and 80th percentile of `runs` runs.
+
+    together  in the rounds that the speedup is of; else at another time, on a machine that was faster or slower then
+    """
 
     build: str
     median_ms: float
     p20_ms: float
     p80_ms: float
     runs: int
+    together: bool = True
 
 
 @dataclass(frozen=True)
 class Report:
     """The decisions of a run and what they gained. `str()` is a table, `to_dict()` JSON, `to_html()` a page.
 
-    dense_ms, sparse_ms    the best dense build, and ours; None when not measured
-    speedup_low, _high     spread of the paired ratio dense / sparse
+    dense_ms, sparse_ms    medians of the best dense build, the fastest of those timed together with ours, and of ours;
+                           None when not measured
+    speedup_median         of the ratio dense / sparse within a round
+    speedup_low, _high     its 20th and 80th percentile
     chosen                 "sparse"; "dense" when the rewritten build was slower; "not measured" for a dry run
     environment            torch, python, cpu, threads, date, shapes: what the numbers depend on
     masks                  for the pictures of `to_html`; not part of the JSON
@@ -96,6 +103,7 @@ class Report:
     dense_ms: float | None = None
     sparse_ms: float | None = None
     speedup_low: float | None = None
+    speedup_median: float | None = None
     speedup_high: float | None = None
     verification: str = ""
     chosen: str = "sparse"
@@ -104,8 +112,16 @@ class Report:
 
     @property
     def speedup(self) -> float | None:
-        """dense_ms / sparse_ms, or None when one of them was not measured."""
+        """The median ratio within a round; of the two medians where that is not known, None when not measured."""
+        if self.speedup_median is not None:
+            return self.speedup_median
         return self.dense_ms / self.sparse_ms if self.dense_ms is not None and self.sparse_ms else None
+
+    @property
+    def warning(self) -> str:
+        """That the masks leave a network whose output is always the same; empty for all others."""
+        why = next((d.why for d in self.decisions if d.where == OUTPUT), "")
+        return why and f"The output does not depend on the input: {why}. In a mask, True means kept."
 
     @property
     def verdict(self) -> str:
@@ -195,6 +211,13 @@ def format_name(stored: str) -> str:
     return "n:m" if stored == "n_m" else stored.replace("_", " ")
 
 
+def stored_as(row: Row) -> str:
+    """Its format as it is written in tables, and by its true name where the format keeps everything or nothing."""
+    if row.stored == "dense" or 0 < row.params_after < math.prod(row.new_shape):
+        return format_name(row.stored)
+    return "one dense block" if row.params_after else "nothing"
+
+
 def percent(after: float, before: float) -> str:
     """What is left: 45%; never 0% or 100% when it is not exactly that. Empty when there was nothing."""
     if not before:
@@ -231,6 +254,13 @@ def _with_tuples(plain: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in plain.items()}
 
 
+def elsewhen(timings: Iterable[Timing]) -> str:
+    """What the star behind a build's name says; empty where none has one."""
+    if all(timing.together for timing in timings):
+        return ""
+    return "* not timed in the same rounds as ours: the machine may have been faster or slower then"
+
+
 def _speed(report: Report) -> str:
     if report.speedup is None:
         return ""
@@ -241,7 +271,8 @@ def _speed(report: Report) -> str:
 
 
 def _heading(report: Report) -> str:
-    return f"fxsparse report, target {report.target}\n{_wrap(report.verdict)}"
+    sentences = [_wrap(text) for text in (report.warning, report.verdict) if text]
+    return "\n".join([f"fxsparse report, target {report.target}", *sentences])
 
 
 # the table of weights
@@ -272,7 +303,7 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[str]]:
         "density": lambda row: f"{row.density:.3f}",
         "rows\nremoved": lambda row: str(row.rows_removed or ""),
         "columns\nremoved": lambda row: str(row.columns_removed or ""),
-        "stored as": lambda row: format_name(row.stored) if any(r.stored != "dense" for r in rows) else "",
+        "stored as": lambda row: stored_as(row) if any(r.stored != "dense" for r in rows) else "",
         "params": lambda row: f"{count(row.params_after)} {percent(row.params_after, row.params_before):>4}",
         "MACs": lambda row: f"{count(row.macs_after)} {percent(row.macs_after, row.macs_before):>4}",
         "dense\nus": lambda row: duration(row.dense_us),
@@ -313,19 +344,38 @@ def _in_brief(reasons: Iterable[str]) -> list[str]:
 
 
 def short_names(names: Sequence[str], width: int) -> list[str]:
-    """Names without `.weight`, folders abbreviated from the left until they fit; in full where two would be equal."""
-    short = {name: _short(name.removesuffix(".weight"), width) for name in names}
+    """Names without `.weight`, folders abbreviated from the left until they fit; in full where two would be equal.
+
+    A folder that one name has to abbreviate is abbreviated in all, and those alike but for a number with it.
+    """
+    paths = {name: name.removesuffix(".weight").split(".") for name in names}
+    folders = {_numberless(path[:n]) for path in paths.values() for n in range(1, _abbreviated(path, width) + 1)}
+    short = {name: _short(path, folders) for name, path in paths.items()}
     seen = Counter(short.values())
     return [short[name] if seen[short[name]] == 1 else name for name in names]
 
 
-def _short(name: str, width: int) -> str:
-    """`features.denseblock3.layer24.conv2` is `f.d3.layer24.conv2`: first letters, with the digits behind them."""
-    parts = name.split(".")
-    for i, part in enumerate(parts[:-1]):
-        if len(".".join(parts)) > width:
-            parts[i] = re.sub(r"^(\D).*?(\d*)$", r"\1\2", part)
-    return ".".join(parts)
+def _abbreviated(path: Sequence[str], width: int) -> int:
+    """How many of its folders are abbreviated before it fits."""
+    for n in range(len(path)):
+        if len(".".join([*map(_initial, path[:n]), *path[n:]])) <= width:
+            return n
+    return len(path) - 1
+
+
+def _short(path: Sequence[str], folders: Container[str]) -> str:
+    """`features.denseblock3.layer24.conv2` is `f.d3.layer24.conv2`."""
+    return ".".join(_initial(part) if _numberless(path[: i + 1]) in folders and i < len(path) - 1 else part
+                    for i, part in enumerate(path))  # fmt: skip
+
+
+def _initial(part: str) -> str:
+    """Its first letter, with the digits behind it."""
+    return re.sub(r"^(\D).*?(\d*)$", r"\1\2", part)
+
+
+def _numberless(folder: Sequence[str]) -> str:
+    return re.sub(r"\d+", "#", ".".join(folder))
 
 
 def _cell_width(cells: Iterable[str]) -> int:
@@ -352,7 +402,8 @@ def _totals(report: Report) -> str:
         + f" ({percent(report.macs_after, report.macs_before)}), one sample",
     ]
     if report.dense_ms is not None and report.sparse_ms is not None:
-        lines.append(_change("time", f"{duration(report.dense_ms)} ms", f"{duration(report.sparse_ms)} ms"))
+        change = _change("time", f"{duration(report.dense_ms)} ms", f"{duration(report.sparse_ms)} ms")
+        lines.append(change + (", medians; the speedup is the median over rounds" if report.speedup_median else ""))
     if report.verification:
         lines.append(f"{'verified':<12}{report.verification}")
     return "\n".join(lines)
@@ -366,13 +417,13 @@ def _timings(timings: Sequence[Timing]) -> str:
     if not timings:
         return ""
     columns = {
-        "build": [t.build for t in timings],
+        "build": [t.build + " *" * (not t.together) for t in timings],
         "median ms": [duration(t.median_ms) for t in timings],
         "p20 ms": [duration(t.p20_ms) for t in timings],
         "p80 ms": [duration(t.p80_ms) for t in timings],
         "runs": [str(t.runs) for t in timings],
     }
-    return _table(columns)
+    return f"{_table(columns)}\n{elsewhen(timings)}".rstrip()
 
 
 def _decisions(report: Report) -> str:

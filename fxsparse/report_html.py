@@ -12,7 +12,18 @@ from torch import Tensor
 from fxsparse.ir.decision import Plan
 from fxsparse.ir.files import whole_file, writable
 from fxsparse.picture import PIXELS, data_uri, picture
-from fxsparse.report import Report, Row, count, duration, format_name, percent, reasons, shape_change, short_names
+from fxsparse.report import (
+    Report,
+    Row,
+    count,
+    duration,
+    elsewhen,
+    percent,
+    reasons,
+    shape_change,
+    short_names,
+    stored_as,
+)
 from fxsparse.report_style import STYLE
 
 _PICTURES = 24
@@ -75,7 +86,8 @@ def _note(text: str) -> str:
 def _verdict(report: Report) -> str:
     kind = {"dense": "warn", "sparse": "good"}.get(report.chosen, "plain")
     verified = f"<br><span>Verified: {escape(report.verification)}</span>" if report.verification else ""
-    return f'<p class="verdict {kind}">{escape(report.verdict)}{verified}</p>'
+    warning = f'<p class="verdict warn">{escape(report.warning)}</p>\n' if report.warning else ""
+    return f'{warning}<p class="verdict {kind}">{escape(report.verdict)}{verified}</p>'
 
 
 def _tiles(report: Report) -> str:
@@ -137,7 +149,7 @@ class _Group:
 def _builds(report: Report) -> str:
     groups = [
         _Group(
-            label=timing.build,
+            label=timing.build + " *" * (not timing.together),
             title=f"{timing.build}: median of {timing.runs} runs",
             bars=(_Bar(_kind(timing.build), timing.median_ms, timing.p20_ms, timing.p80_ms),),
             note=f"{duration(timing.median_ms)} ms  ({duration(timing.p20_ms)} to {duration(timing.p80_ms)})",
@@ -148,7 +160,9 @@ def _builds(report: Report) -> str:
         return ""
     runs = sorted({timing.runs for timing in report.timings})
     said = str(runs[0]) if len(runs) == 1 else f"{runs[0]} to {runs[-1]}"
-    return _chart(groups, thick=16) + _note(f"Median of {said} interleaved runs; the line spans p20 to p80.")
+    notes = [f"Median of {said} interleaved runs; the line spans p20 to p80.", elsewhen(report.timings)]
+    chart = _chart("Time of each build", groups, thick=16)
+    return chart + "".join(_note(note) for note in notes if note)
 
 
 def _kind(build: str) -> str:
@@ -168,7 +182,8 @@ def _layers(rows: Sequence[Row]) -> str:
     rest = len(timed) - len(shown)
     said = f" The {rest} fastest layers are left out." if rest else ""
     legend = '<p class="legend"><i class="dense"></i>dense <i class="sparse"></i>sparse</p>'
-    return legend + _chart(groups, thick=9) + _note(f"Each layer alone, in microseconds.{said}")
+    chart = _chart("Time of each layer, dense and sparse", groups, thick=9)
+    return legend + chart + _note(f"Each layer alone, in microseconds.{said}")
 
 
 def _layer(label: str, row: Row, dense: float | None, sparse: float | None) -> _Group:
@@ -180,8 +195,11 @@ def _layer(label: str, row: Row, dense: float | None, sparse: float | None) -> _
     return _Group(label, row.name, bars, note, slower)
 
 
-def _chart(groups: Sequence[_Group], thick: int) -> str:
-    """Horizontal bars from zero, one scale for all. `thick` is the height of a bar in pixels."""
+def _chart(title: str, groups: Sequence[_Group], thick: int) -> str:
+    """Horizontal bars from zero, one scale for all. `thick` is the height of a bar in pixels.
+
+    Who has the page read aloud hears `title` and what is written at the bars.
+    """
     label, room, width = 236, 640, 1120
     top = max((max(bar.value, bar.high or 0) for group in groups for bar in group.bars), default=0) or 1
     parts, y = [], 6
@@ -195,7 +213,9 @@ def _chart(groups: Sequence[_Group], thick: int) -> str:
         parts.append(f'<text x="{label + room + 14}" y="{middle:.0f}" class="{kind}">{escape(group.note)}</text></g>')
         y += height + 8
     axis = f'<line x1="{label}" x2="{label}" y1="2" y2="{y - 4}" class="axis"/>'
-    return f'<div class="wide"><svg viewBox="0 0 {width} {y}">{axis}{"".join(parts)}</svg></div>'
+    said = escape(f"{title}. " + "; ".join(f"{group.title}: {group.note}" for group in groups))
+    svg = f'<svg viewBox="0 0 {width} {y}" role="img" aria-label="{said}">{axis}{"".join(parts)}</svg>'
+    return f'<div class="wide">{svg}</div>'
 
 
 def _bar(bar: _Bar, x: int, y: int, scale: float, thick: int) -> str:
@@ -237,7 +257,7 @@ def _weight_table(rows: Sequence[Row]) -> str:
         _Column("columns removed", lambda row: str(row.columns_removed or "")),
         _Column(
             "stored as",
-            lambda row: "" if row.stored == "dense" else format_name(row.stored),
+            lambda row: "" if row.stored == "dense" else stored_as(row),
             number=False,
         ),
         _Column("parameters", lambda row: _left(row.params_after, row.params_before)),

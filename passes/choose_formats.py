@@ -67,17 +67,26 @@ def _best(decisions: Sequence[Decision]) -> list[Decision]:
         return list(decisions)
     best = min(accepted, key=lambda d: cast(float, d.data.get("sparse_us", d.data["share"])))
     beaten = f"; {best.data['format']} is {'faster' if 'sparse_us' in best.data else 'smaller'}"
-    return [d if d is best or not d.accepted else dataclasses.replace(d, why=d.why + beaten, accepted=False)
+    return [d if d is best or not d.accepted else _refused(d, f"{d.data['format']}: {d.why}{beaten}")
             for d in decisions]  # fmt: skip
+
+
+def _refused(decision: Decision, why: str) -> Decision:
+    return dataclasses.replace(decision, why=why, accepted=False)
 
 
 def _of_layer(gm: fx.GraphModule, node: fx.Node, ctx: Context) -> list[Decision]:
     """One decision for each format that is for such layers; one alone where none is, or where nothing is sparse."""
     name = str(cast(fx.Node, node.args[1]).target)
-    if not ctx.force_formats and bool(get_tensor(gm, name).all()) and not _may_pay_dense(node, ctx):
-        return [Decision("choose_formats", name, "store in a sparse format", NO_ZEROS, False)] if ctx.formats else []
+    full = bool(get_tensor(gm, name).all())
+    no_zeros = [Decision("choose_formats", name, "store in a sparse format", NO_ZEROS, False)] if ctx.formats else []
+    if full and not ctx.force_formats and not _may_pay_dense(node, ctx):
+        return no_zeros
     formats = fitting(node, ctx) or [FORMATS[known] for known in ctx.formats[:1]]
-    return [_decide(gm, node, f, ctx) for f in formats]
+    decisions = [_decide(gm, node, f, ctx) for f in formats]
+    if not full or any(d.accepted for d in decisions):
+        return decisions
+    return [_refused(d, f"{NO_ZEROS}; {d.why}") for d in decisions if "sparse_us" in d.data] or no_zeros
 
 
 def fitting(node: fx.Node, ctx: Context) -> list[Format]:
@@ -126,18 +135,24 @@ def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Dec
     work, groups = fmt.standard(packed) if ctx.standard_operators else (packed.work, packed.row_groups)
     share = work / weight.numel()
     if share >= 1 and not _may_pay_dense(node, ctx):
-        return Decision("choose_formats", name, what, f"{share:.0%} of the dense layer's work", False)
+        return Decision("choose_formats", name, what, f"{fmt.name}: {share:.0%} of the dense layer's work", False)
     data = {"node": node, "format": fmt.name, "groups": groups, "packed": packed, "share": share}
     if ctx.time_format is None or ctx.time_layer is None or ctx.force_formats:
         why = "" if ctx.force_formats or ctx.standard_operators else fmt.why_not_untimed(node)
         accepted = (share < MODELLED and not why) or ctx.force_formats
-        return Decision("choose_formats", name, what, why or f"{share:.0%} of the work, not timed", accepted, data)
+        why = why or _named(fmt, f"{share:.0%} of the work, not timed", accepted)
+        return Decision("choose_formats", name, what, why, accepted, data)
     dense_us = ctx.time_layer(node, *weight.shape[:2]) * 1e6
     try:
         sparse_us = ctx.time_format(node, packed) * 1e6
     except (FxSparseError, RuntimeError) as error:  # a GPU's kernels are Triton's and cuSPARSELt's: some cannot run
         return Decision("choose_formats", name, what, f"it cannot run here: {first_line(error)}", False)
     faster = sparse_us < margin(node, ctx) * dense_us
-    why = f"{share:.0%} of the work: {sparse_us:.0f} us, dense {dense_us:.0f} us"
+    why = _named(fmt, f"{share:.0%} of the work: {sparse_us:.0f} us, dense {dense_us:.0f} us", faster)
     data |= {"dense_us": dense_us, "sparse_us": sparse_us}
     return Decision("choose_formats", name, what, why, faster, data)
+
+
+def _named(fmt: Format, why: str, accepted: bool) -> str:
+    """Refusals of several formats are told apart by their reasons alone, in a report."""
+    return why if accepted else f"{fmt.name}: {why}"

@@ -22,6 +22,7 @@ from typing import cast
 import torch
 from torch import Tensor, fx
 
+from fxsparse.analysis.constant_output import constant_output
 from fxsparse.analysis.reasons import is_layer
 from fxsparse.analysis.sweep import analyze
 from fxsparse.ir.bits import some
@@ -55,7 +56,7 @@ def plan(gm: fx.GraphModule, ctx: Context) -> list[Decision]:
         decisions += _transposed(gm, node, facts)
     for node in call_nodes(gm, *_PAIRWISE):
         decisions += _known_operands(gm, node, facts)
-    return decisions
+    return decisions + constant_output(gm, facts)
 
 
 def apply(gm: fx.GraphModule, decision: Decision) -> None:

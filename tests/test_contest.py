@@ -109,6 +109,29 @@ def test_what_is_lowered_again_brings_the_report_of_its_own_graph(monkeypatch: p
     assert not any("without formats" in d.why for d in fast.report.decisions)
 
 
+def test_rows_of_two_stages_are_not_merged_or_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is four times slower in the second stage; there a few rounds drop what was timed well before."""
+    first = {"sparse: eager": [2.0] * 60, "eager, contiguous": [4.0] * 3, "eager, channels_last": [3.0] * 60}
+    second = {"sparse: eager": [8.0, 7.0] * 20, "sparse: quick": [4.0, 6.0, 5.0, 3.0, 7.0] * 8,
+              "eager, channels_last": [14.0] * 3, "quick, channels_last": [12.0, 6.0, 10.0, 6.0, 21.0] * 8}  # fmt: skip
+    stages = iter([first, second])
+    monkeypatch.setitem(TARGETS, "quick", Quick())
+    monkeypatch.setattr("fxsparse.contest.play_off", lambda ours, rivals: Runs(next(stages)))
+    report = fxsparse.compile(Net(), masks_of(Net()), "eager", example_inputs=images()).report
+    assert {t.build: (t.median_ms, t.runs, t.together) for t in report.timings} == {
+        "sparse: eager": (7.5, 40, True), "sparse: quick": (5.0, 40, True), "quick, channels_last": (10.0, 40, True),
+        "eager, channels_last": (3.0, 60, False), "eager, contiguous": (4.0, 3, False),
+    }  # fmt: skip
+    together = {t.build: t.median_ms for t in report.timings if t.together}
+    assert (report.dense_ms, report.sparse_ms) == (10.0, 5.0)
+    assert report.dense_ms == min(ms for name, ms in together.items() if not name.startswith("sparse"))
+    assert report.speedup_low is not None
+    assert report.speedup_high is not None
+    assert report.speedup == 2.0  # of 3, 1, 2, 2 and 3 within the rounds
+    assert report.speedup_low <= 2.0 <= report.speedup_high
+    assert "eager, channels_last *" in str(report)
+
+
 def test_what_gains_nothing_by_it_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     fast = compiled(monkeypatch, Quick(), SPARSE_GAINS | {"sparse: quick": 2.5})
     lowered_by = fast._built("test").lowered_by
@@ -126,6 +149,16 @@ def test_a_close_second_is_lowered_again_too(monkeypatch: pytest.MonkeyPatch, ea
     runs = Runs({"sparse: onnx": [1.0], "sparse: eager": [eager_ms], "eager, contiguous": [3.0]})
     found = contest._refined([first, second], [rival], runs, [torch.randn(2, 4)])
     assert [b.name for b in found or ()] == (["sparse: quick", "quick, contiguous"] if lowered else [])
+
+
+def test_the_rival_lowered_again_is_the_fastest_of_those_timed_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TARGETS, "quick", Quick())
+    gm = layers(1)
+    names = ["sparse: eager", "eager, contiguous", "eager, channels_last"]
+    ours, *rivals = [contest._Build(name, gm, gm, as_is, TARGETS["eager"]) for name in names]
+    runs = Runs({names[0]: [1.0] * 6, names[1]: [2.0] * 3, names[2]: [3.0] * 6})
+    found = contest._refined([ours], rivals, runs, [torch.randn(2, 4)])
+    assert [b.name for b in found or ()] == ["sparse: quick", "quick, channels_last"]
 
 
 def test_where_it_is_not_worthwhile_nothing_is_lowered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,6 +184,7 @@ def test_what_is_close_is_timed_longer_and_that_decides(
     again = {"sparse: eager": 6, "eager, contiguous": 6, "eager, channels_last": 6}
     again |= {"sparse: eager": 26, "eager, channels_last": 26} if chosen == "dense" else {}
     assert {t.build: t.runs for t in report.timings} == again
+    assert [t.build for t in report.timings if not t.together] == ["eager, contiguous"] * (chosen == "dense")
 
 
 def test_a_compiler_that_fails_there_is_no_error(

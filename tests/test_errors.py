@@ -1,25 +1,31 @@
 """Every bad input has one answer: an error of ours that says where, what was expected, what came, and what to do."""
 
 import contextlib
+import logging
 import pickle
+import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.prune import l1_unstructured
 
 import fxsparse
 from fxsparse import CaptureError, FxSparseError, InputError, MaskError, TargetError, VerificationError
 from fxsparse.backend import TARGETS
+from fxsparse.backend.inductor import failing_as
 from fxsparse.errors import near
-from fxsparse.ir.capture import capture
+from fxsparse.ir.capture import _explain, capture
 from fxsparse.ir.graph import refresh
+from fxsparse.ir.inputs import Call
+from fxsparse.ir.quiet import tracing_quietly
 
 
 @pytest.fixture(autouse=True)
@@ -128,8 +134,67 @@ def test_control_flow_that_depends_on_data() -> None:
     def forward(m: Function, x: Tensor) -> Tensor:
         return m.b(m.a(x)) if x.sum() > 0 else x
 
-    with refused(CaptureError, where="Function", expected="torch.export", got="data-dependent", do="Rewrite the part"):
+    line = f"at {__file__}:{forward.__code__.co_firstlineno + 1} in forward"
+    with refused(CaptureError, where="Function", expected="torch.export", got="data-dependent", do="Rewrite that line"):
         build(Function(forward))
+    with pytest.raises(CaptureError, match=re.escape(line)):
+        build(Function(forward))
+
+
+def test_without_a_line_of_the_users_none_is_named() -> None:
+    error = _explain(Function(lambda m, x: x), Call((torch.ones(2),), {}), RuntimeError("no frames"), False)
+    assert "got RuntimeError: no frames.\n  Rewrite the part that it cannot follow without" in str(error)
+
+
+def heard(name: str) -> list[str]:
+    """What the logger of this name lets through from now on."""
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger(name).addHandler(handler)
+    return messages
+
+
+def test_torch_says_nothing_before_our_error(capsys: pytest.CaptureFixture[str]) -> None:
+    shapes, symbols = (
+        heard(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")
+    )
+    with pytest.raises(InputError):
+        build(inputs=torch.ones(2, 7))
+    with pytest.raises(CaptureError):
+        build(Function(lambda m, x: m.b(m.a(x)) if x.sum() > 0 else x))
+    assert (shapes, symbols, capsys.readouterr().err) == ([], [], "")
+    logging.getLogger("torch._subclasses.fake_tensor").warning("something else")
+    with tracing_quietly():
+        logging.getLogger("torch._subclasses.fake_tensor").warning("something else")
+    assert shapes == ["something else"] * 2
+
+
+def test_no_word_of_a_gpu_while_compiling_and_of_nothing_else() -> None:
+    logger, messages = logging.getLogger("torch.utils.cpp_extension"), heard("torch.utils.cpp_extension")
+    with failing_as("target"):
+        logger.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr/local")
+        logger.warning("g++ is too old")
+    logger.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/opt")
+    assert messages == ["g++ is too old", "No CUDA runtime is found, using CUDA_HOME='/opt'"]
+
+
+def test_a_pruned_weight_that_its_module_does_not_apply_itself_warns_of_nothing() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.m = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            warnings.warn("the user's own", UserWarning, stacklevel=2)
+            return cast(Tensor, self.m(x, x, x, need_weights=False)[0])
+
+    model = Attention().eval()
+    l1_unstructured(model.m.out_proj, "weight", 0.5)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        capture(model, (torch.randn(2, 3, 8),), fxsparse.Masks(), dynamic_batch=False)
+    assert {str(w.message) for w in found} == {"the user's own"}
 
 
 def test_a_branch_inside_the_graph() -> None:

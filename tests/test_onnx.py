@@ -199,9 +199,24 @@ def test_a_file_is_standard_checked_dynamic_and_verified_at_several_batch_sizes(
     assert dict(file.operators)["Conv"] == sum(n.op_type == "Conv" for n in proto.graph.node)
     assert "batch 5" in str(file)
     assert "2:4 sparse weights: none" in str(file)
+    assert "unstructured" not in str(file)
     text = proto.SerializeToString()
     assert str(Path(fxsparse.__file__).parent).encode() not in text
     assert str(Path(torchvision.__file__).parents[1]).encode() not in text
+
+
+def test_unstructured_weights_are_written_dense_and_that_is_said(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(16, 32, 3), nn.Flatten(), nn.Linear(32 * 4, 32), nn.Linear(32, 10)).eval()
+    masks = {
+        name: torch.rand(w.shape) < 0.1 for name, w in model.named_parameters() if name in ("0.weight", "2.weight")
+    }
+    x = torch.randn(2, 16, 4, 4)
+    fast = fxsparse.compile(model, masks, "eager", example_inputs=x, formats="unstructured", measure=False)
+    file = fxsparse.export_onnx(fast, tmp_path / "model.onnx", verify=False)
+    assert file.unstructured == sum(row.stored == "unstructured" for row in fast.report.rows) == 2
+    assert "\n2 unstructured weights are written dense (zeros stored)" in str(file)
+    written = {tuple(t.dims) for t in onnx.load(tmp_path / "model.onnx").graph.initializer}
+    assert {(32, 16, 3, 3), (32, 128)} <= written
 
 
 def test_linear_layers_over_tokens_become_batched_products(tmp_path: Path) -> None:

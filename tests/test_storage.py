@@ -315,6 +315,29 @@ def test_a_first_layer_without_zeros_needs_a_small_margin(channels: int, sparse_
     assert ("100% of the work" in decision.why) == (channels < 16)
 
 
+def test_a_layer_without_zeros_that_stays_dense_has_no_other_reason() -> None:
+    """Also where it was timed, or a format was asked for by name."""
+    timed = Context(lambda *_: 2.0, lambda *_: 3.0, ("shuffled_block", "unstructured"))
+    forced = Context(formats=("unstructured",), force_formats=True)
+    for channels, ctx in ((3, timed), (16, forced)):
+        _, decisions = stored(without_zeros(channels), integers(2, channels, 5, 5), ctx=ctx)
+        chosen = of(decisions, "choose_formats")
+        assert chosen
+        assert not any(d.accepted for d in chosen)
+        assert all(d.why.startswith("the weight has no zeros") for d in chosen)
+
+
+def test_a_refusal_names_the_format() -> None:
+    model = Of(lambda m, x: m["a"](x), a=conv(16, 64))
+    _, untimed = stored(model, integers(1, 16, 5, 5), ctx=Context(formats=("shuffled_block", "unstructured")))
+    ctx = Context(lambda *_: 2.0, lambda *_, **__: 3.0, ("shuffled_block", "unstructured"))
+    _, timed = stored(model, integers(1, 16, 5, 5), ctx=ctx)
+    refused = [d for d in of([*untimed, *timed], "choose_formats") if not d.accepted]
+    assert len(refused) == 3
+    for d in refused:
+        assert d.why.startswith(f"{d.what.removeprefix('store as ')}: ")
+
+
 def without_zeros(channels: int) -> nn.Module:
     layer = nn.Conv2d(channels, 64, 1)
     for parameter in layer.parameters():

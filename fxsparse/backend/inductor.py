@@ -26,6 +26,7 @@ from fxsparse.errors import FxSparseError, TargetError, first_line
 from fxsparse.formats import BY_OPERATOR, KERNELS
 from fxsparse.formats.gpu import placed
 from fxsparse.ir.graph import arg, aten, fake_mode, flat, is_ours, on_gpu
+from fxsparse.ir.quiet import compiling_quietly
 from fxsparse.kernels.build import compiler, compilers
 
 
@@ -80,9 +81,10 @@ class Inductor(Target):
 
 @contextlib.contextmanager
 def failing_as(where: str, do: str = "target='eager' compiles nothing.") -> Iterator[None]:
-    """Inside, whatever torch.export and Inductor raise becomes a TargetError of `where`."""
+    """Inside, whatever torch.export and Inductor raise becomes a TargetError of `where`; they keep quiet."""
     try:
-        yield
+        with compiling_quietly():
+            yield
     except FxSparseError:
         raise
     except Exception as error:  # noqa: BLE001 - of torch, of sympy, or of a compiler that was called

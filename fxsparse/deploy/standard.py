@@ -13,7 +13,9 @@ from torch import Tensor, fx
 from fxsparse.deploy.gathers import merge_gathers
 from fxsparse.errors import TargetError
 from fxsparse.formats import BY_OPERATOR
+from fxsparse.formats.shuffled_block_op import shuffled_block
 from fxsparse.ir.graph import (
+    arg,
     aten,
     call_nodes,
     erase_unused,
@@ -34,12 +36,14 @@ class StandardGraph:
     inputs   which of the flattened inputs it takes; all else was constant
     outputs  the flattened outputs: the number of one of its own, or a constant
     two_four  names of the weights that are 2:4 sparse
+    unstructured  how many weights in that format became dense ones, zeros and all
     """
 
     gm: fx.GraphModule
     inputs: tuple[int, ...]
     outputs: tuple[tuple[bool, Any], ...]
     two_four: tuple[str, ...]
+    unstructured: int = 0
 
 
 def filled(spec: Sequence[tuple[bool, Any]], outputs: Sequence[Any]) -> list[Any]:
@@ -50,6 +54,7 @@ def filled(spec: Sequence[tuple[bool, Any]], outputs: Sequence[Any]) -> list[Any
 def standard(gm: fx.GraphModule) -> StandardGraph:
     """A flat clone of `gm` in ATen operators. Raises TargetError for an operator that has no such form."""
     gm = flat(gm)
+    unstructured = sum(_is_unstructured(node) for node in gm.graph.nodes)
     expand_formats(gm)
     cancel_permutes(gm)
     refresh(gm)
@@ -59,7 +64,12 @@ def standard(gm: fx.GraphModule) -> StandardGraph:
     erase_unused(gm)
     gm.graph.lint()
     refresh(gm)
-    return StandardGraph(gm, inputs, outputs, two_four)
+    return StandardGraph(gm, inputs, outputs, two_four, unstructured)
+
+
+def _is_unstructured(node: fx.Node) -> bool:
+    """Its groups are too small for products of their own: `expand` gives the dense layer again."""
+    return node.target is shuffled_block and arg(node, "lanes") == "pixels"
 
 
 def expand_formats(gm: fx.GraphModule) -> None:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +22,12 @@ from fxsparse.errors import CaptureError, InputError, first_line
 from fxsparse.ir.graph import arg, aten, clone, get_tensor, has_attribute, operator_name, owner, set_tensor
 from fxsparse.ir.inputs import Call, exported
 from fxsparse.ir.masks import Masks
+from fxsparse.ir.quiet import tracing_quietly
+
+_NOT_THE_USERS = tuple(str(folder) + os.sep for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
 
 
+@tracing_quietly()
 def capture(
     model: nn.Module,
     args: tuple[Any, ...],
@@ -139,8 +146,7 @@ def _evaluate(model: nn.Module) -> None:
 
 def _export(model: nn.Module, call: Call, dynamic_batch: bool) -> torch.export.ExportedProgram:
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The tensor attributes? self", UserWarning)  # `_untouched` restores them
+        with torch.no_grad():
             program = exported(model, call, dynamic_batch=dynamic_batch)
             flat: torch.export.ExportedProgram = program.run_decompositions({})
             return flat
@@ -164,16 +170,26 @@ def _explain(model: nn.Module, call: Call, error: Exception, dynamic_batch: bool
             do="Pass what the model is called with: a tuple for model(*example_inputs), or a dict for "
             "model(**example_inputs).",
         )
+    line = _users_line(error)
+    part = "that line" if line else "the part that it cannot follow"
     advice = (
-        "Rewrite the part named above without data-dependent Python, compile the submodules that export, or use "
+        f"Rewrite {part} without data-dependent Python, compile the submodules that export, or use "
         "torch.compile(model, backend='fxsparse'), which compiles what it can follow."
     )
     if "transformers.cache_utils" in str(error):
         advice = 'A cache is no tensor: set model.config.use_cache = False, or give "use_cache": False by name.'
     elif dynamic_batch and _exports(model, call):
         advice = "It can at one batch size: pass dynamic_batch=False. For any, see what the error says of sizes."
-    got = first_line(error)
+    got = first_line(error) + (f", at {line}" if line else "")
     return _cannot(model, "a model that torch.export can follow (strict=False)", got, advice)
+
+
+def _users_line(error: Exception) -> str:
+    """`model.py:14 in forward`, the last line of neither torch's nor ours that led to the error; empty without one."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not frame.filename.startswith((*_NOT_THE_USERS, "<string>")):  # torch makes functions of text
+            return f"{frame.filename}:{frame.lineno} in {frame.name}"
+    return ""
 
 
 def _exports(model: nn.Module, call: Call) -> bool:

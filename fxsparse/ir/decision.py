@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+OUTPUT = "output of the model"  # `where` of the one decision that is about all of it
+
 
 @dataclass(frozen=True)
 class Decision:
