@@ -183,13 +183,13 @@ def _train_refilled(
 
 
 def trainer(
-    digits: Digits, epochs: int, seed: int, after_epoch: Callable[[], None]
+    digits: Digits, epochs: int, seed: int, after_epoch: Callable[[], None], *, weight_decay: float = WEIGHT_DECAY
 ) -> Callable[[nn.Module, int, int], None]:
     """A `train_epochs` for `imp`: SGD on the training images, learning rate up for an epoch, then down on a cosine."""
 
     def train_epochs(model: nn.Module, first: int, last: int) -> None:
         optimizer = torch.optim.SGD(
-            model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=True
+            model.parameters(), lr=LEARNING_RATE, momentum=MOMENTUM, weight_decay=weight_decay, nesterov=True
         )
         model.train()
         for epoch in range(first, last):

@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, distributed, nn
 
 from fxsparse.coarsen import n_m
+from fxsparse.coarsen.report import RowGroup
 from fxsparse.errors import InputError, MaskError
 from fxsparse.ir.masks import Masks
 from fxsparse.prune import prunable, random
-from fxsparse.train import Training, dsb, rigl, sr_ste, top_kast
-from fxsparse.train.dsb import blocks, gathered
+from fxsparse.train import Training, dsb, masked, rigl, sr_ste, top_kast
+from fxsparse.train.dsb import block_aware, numbered
 
 Method = Callable[[nn.Module], AbstractContextManager[Training]]
 STEPS, EVERY = 12, 3
@@ -27,7 +28,7 @@ METHODS: dict[str, Method] = {
     "rigl": lambda m: rigl(m, start(m), steps=STEPS, every=EVERY),
     "set": lambda m: rigl(m, start(m), steps=STEPS, every=EVERY, grow="random", seed=3),
     "dsb": lambda m: dsb(m, start(m), steps=STEPS, every=EVERY, block=4),
-    "top_kast": lambda m: top_kast(m, 0.3, more=0.2, every=2, decay=0.01),
+    "top_kast": lambda m: top_kast(m, 0.3, extra=0.2, every=2, decay=0.01),
     "sr_ste": lambda m: sr_ste(m, decay=0.01),
 }
 MOVES = ["rigl", "set", "dsb"]
@@ -65,6 +66,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     return copy.deepcopy(model.state_dict())
 
 
+@pytest.mark.filterwarnings("ignore:the optimizer's weight decay also acts")
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("optimizer", [sgd, lambda m: torch.optim.AdamW(m.parameters(), lr=0.01, weight_decay=0.1)])
 def test_the_model_is_sparse_at_any_time_and_its_masks_move(
@@ -189,24 +191,39 @@ def test_dsb_keeps_shuffled_blocks_at_the_density_from_the_start() -> None:
 
 
 def test_a_candidate_is_dropped_with_half_of_its_row_or_column_of_the_block() -> None:
+    """Blocks as they were cut, smaller ones at the edges with half of their own sides."""
     generator = torch.Generator().manual_seed(5)
-    weight = torch.randn(10, 3, 5, generator=generator)
-    mask = torch.zeros(10, 15, dtype=torch.bool)
-    mask[:4, [0, 2, 3, 5, 7, 8, 9]] = mask[4:8, [1, 2, 4, 14]] = mask[8:, 3:9] = True
-    candidates = (torch.rand(10, 15, generator=generator) < 0.5) & mask
+    weight = torch.randn(10, 15, generator=generator)
+    groups = [([0, 2, 4, 6], [0, 2, 3, 5, 7, 8, 9]), ([1, 3, 5, 7], [1, 2, 4, 14]), ([8, 9], [3, 4, 5, 6, 7, 8])]
+    mask, cut = torch.zeros(10, 15, dtype=torch.bool), []
+    for rows, columns in groups:
+        mask[torch.tensor(rows)[:, None], torch.tensor(columns)] = True
+        columns = sorted(columns, key=lambda j: -weight[rows, j].square().sum().item())
+        cut += [(rows, columns[i : i + 4]) for i in range(0, len(columns), 4)]
+    candidates = (torch.rand(10, 15, generator=generator) < 0.4) & mask
     expected = torch.zeros_like(candidates)
-    for rows in ([0, 1, 2, 3], [4, 5, 6, 7], [8, 9]):
-        columns = mask[rows[0]].nonzero().flatten().tolist()
-        columns.sort(key=lambda j: -weight.flatten(1)[rows, j].square().sum().item())
-        for some in (columns[i : i + 4] for i in range(0, len(columns), 4)):
-            for i in rows:
-                for j in some:
-                    row, column = sum(candidates[i, c] for c in some), sum(candidates[r, j] for r in rows)
-                    expected[i, j] = bool(candidates[i, j]) and bool(row >= 2 or column >= 2)
+    for rows, columns in cut:
+        for i in rows:
+            for j in columns:
+                row, column = (candidates[i, c] for c in columns), (candidates[r, j] for r in rows)
+                many = sum(row) >= len(columns) / 2 or sum(column) >= len(rows) / 2
+                expected[i, j] = bool(candidates[i, j]) and bool(many)
     assert 0 < int(expected.sum()) < int(candidates.sum())
-    found = gathered(candidates.view(weight.shape), mask.view(weight.shape), weight, 4)
-    assert found.flatten(1).equal(expected)
-    assert sum(len(r) * len(c) for r, c in blocks(mask, weight.flatten(1), 4)) == int(mask.sum())
+    found = numbered(tuple(RowGroup(torch.tensor(r), torch.tensor(c)) for r, c in groups), weight.abs(), 4)
+    assert (found >= 0).equal(mask)
+    assert len(found.unique()) == 1 + len(cut)
+    assert block_aware(candidates, found).equal(expected)
+
+
+def test_blocks_are_those_of_the_last_cut_whatever_the_weights_became() -> None:
+    model = network()
+    with dsb(model, start(model), steps=STEPS, every=EVERY, block=4) as training:
+        before = training.state_dict()["3.weight/numbers"]
+        for i in range(EVERY):
+            step(model, sgd(model), i)
+        assert training.state_dict()["3.weight/numbers"].equal(before)
+        step(model, sgd(model), EVERY)
+        assert not training.state_dict()["3.weight/numbers"].equal(before)
 
 
 def test_what_has_no_blocks_changes_as_in_rigl() -> None:
@@ -237,7 +254,7 @@ def test_top_kast_is_its_formulas() -> None:
                                                              True).view(w.shape)  # fmt: skip
 
     a, b = most(18), most(30)
-    with top_kast(model, 0.3, more=0.2, decay=0.05, every=2) as training:
+    with top_kast(model, 0.3, extra=0.2, decay=0.05, every=2) as training:
         for i in range(6):
             assert training.masks["0.weight"].equal(a)
             assert model[0].weight.equal(torch.where(a, w, 0))
@@ -332,9 +349,9 @@ def test_training_goes_on_from_a_saved_state(name: str) -> None:
 
 def test_a_state_of_another_training_is_refused() -> None:
     model = network()
-    with rigl(model, start(model), steps=8) as training:
+    with rigl(model, start(model), steps=8, every=2) as training:
         saved = training.state_dict()
-    expected = r"state_dict of training: expected the \d+ tensors .* got another '0.weight/hidden'"
+    expected = r"state_dict of training: expected the \d+ tensors .* got another '0.weight/backward_mask'"
     with top_kast(model, 0.3) as training, pytest.raises(InputError, match=expected):
         training.load_state_dict(saved)
 
@@ -363,7 +380,7 @@ def test_gradients_that_are_not_finite_are_refused() -> None:
         step(model, opt, 0)
         opt.zero_grad()
         (model(batch(1)[0]).sum() * float("nan")).backward()
-        with pytest.raises(InputError, match="gradient of a masked weight: expected finite numbers"):
+        with pytest.raises(InputError, match=r"gradient of '0.weight': expected finite numbers"):
             opt.step()
 
 
@@ -401,6 +418,197 @@ def test_two_optimizers_share_a_model_and_another_model_is_left_alone() -> None:
     assert all(bool(p.all()) for p in prunable(other).values())
 
 
+def run(
+    name: str, step_with: Callable[[nn.Module, torch.optim.Optimizer, int], None], **options: Any
+) -> dict[str, Tensor]:
+    """What a network is after training by a method, with steps made in some way; its masks too."""
+    model = network()
+    opt = sgd(model, **options)
+    with METHODS[name](model) as training:
+        for i in range(STEPS):
+            step_with(model, opt, i)
+        return state(model) | {f"mask of {key}": mask for key, mask in training.masks.items()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(a[key].equal(b[key]) for key in a)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_step_with_a_closure_is_a_step(name: str) -> None:
+    def closed(model: nn.Module, opt: torch.optim.Optimizer, number: int) -> None:
+        def closure() -> Tensor:
+            x, y = batch(number)
+            opt.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        loss: Any = opt.step(closure)
+        assert loss.requires_grad
+
+    assert same(run(name, step), run(name, closed))
+
+
+class Around(torch.optim.Optimizer):
+    """An optimizer that steps another, as ZeroRedundancyOptimizer does."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        super().__init__(inner.param_groups, {})
+        self.inner = inner
+
+    def step(self, closure: Any = None) -> Any:
+        return self.inner.step(closure)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_optimizer_inside_another_makes_one_step(name: str) -> None:
+    assert same(run(name, step), run(name, lambda model, opt, i: step(model, Around(opt), i)))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_calls_a_closure_again_is_refused(name: str) -> None:
+    model = network()
+    opt = torch.optim.LBFGS(model.parameters(), max_iter=2)
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = model(batch(0)[0]).square().mean()
+        loss.backward()
+        return loss
+
+    with METHODS[name](model), pytest.raises(InputError, match=r"closure of LBFGS.step: expected an optimizer that"):
+        opt.step(closure)
+    with masked(model, start(model)):
+        opt.step(closure)
+    assert not model[0].weight[~start(network())["0.weight"]].any()
+
+
+def test_two_blocks_on_different_layers_both_change_and_one_weight_has_one_block() -> None:
+    model = network()
+    masks, opt = start(model), sgd(model)
+    first, other = ({key: masks[key]} for key in ("0.weight", "3.weight"))
+    with rigl(model, first, steps=STEPS, every=EVERY) as a, rigl(model, other, steps=STEPS, every=EVERY) as b:
+        for i in range(EVERY + 1):
+            step(model, opt, i)
+        assert not a.masks["0.weight"].equal(masks["0.weight"])
+        assert not b.masks["3.weight"].equal(masks["3.weight"])
+        again = r"weight '0.weight': expected one block of fxsparse.train at a time"
+        with pytest.raises(InputError, match=again), masked(model, masks):
+            pass
+    with masked(model, masks):
+        pass
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_fused_optimizer_s_scaler_is_heeded(name: str) -> None:
+    def scaled(fused: bool) -> tuple[dict[str, Tensor], int]:
+        model = network()
+        opt, scaler = sgd(model, fused=fused), torch.amp.GradScaler("cpu", init_scale=1024.0)
+        with METHODS[name](model) as training:
+            for i in range(STEPS):
+                x, y = batch(i)
+                opt.zero_grad()
+                scaler.scale(F.cross_entropy(model(x), y) * (float("inf") if i == 1 else 1)).backward()
+                scaler.step(opt)
+                scaler.update()
+            return state(model), int(training.state_dict()["3.weight/steps"])
+
+    (plain, steps), (fused, same_steps) = scaled(False), scaled(True)
+    assert steps == same_steps == STEPS - 1
+    for key in plain:
+        torch.testing.assert_close(plain[key], fused[key])
+
+
+def test_gradients_are_there_after_a_change() -> None:
+    model = network()
+    opt = sgd(model)
+    with rigl(model, start(model), steps=STEPS, every=EVERY):
+        for i in range(EVERY + 1):
+            step(model, opt, i)
+            assert torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]) > 0
+            assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_schedule_without_a_change_and_a_model_without_a_fitting_layer_are_refused() -> None:
+    model = network()
+    with pytest.raises(InputError, match=r"every=100: expected less than until \* steps = 75"):
+        rigl(model, start(model), steps=100)
+    for nothing in (rigl(model, {}, steps=4, every=1), sr_ste(nn.Linear(3, 3))):
+        with pytest.raises(InputError, match=r"weights to train: expected at least one; got none"), nothing:
+            pass
+
+
+def test_top_kast_keeps_a_weight_of_the_smallest_layers_and_names_what_diverged() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8))
+    opt = sgd(model)
+    with top_kast(model, 0.01) as training:
+        assert int(training.masks["0.weight"].sum()) == 1
+        (model(torch.randn(3, 4)).sum() * float("nan")).backward()
+        with pytest.raises(InputError, match=r"weight '0.weight': expected finite numbers"):
+            opt.step()
+
+
+def test_top_kast_warns_of_the_optimizer_s_own_weight_decay() -> None:
+    model = network()
+    opt = sgd(model, weight_decay=1e-4)
+    expected = pytest.warns(UserWarning, match="weight decay also acts on weights of top_kast")
+    with top_kast(model, {"0.weight": 0.5}), expected:
+        step(model, opt, 0)
+    others = [p for p in model.parameters() if p is not model[0].weight]
+    opt = torch.optim.SGD(
+        [{"params": others}, {"params": [model[0].weight], "weight_decay": 0.0}], 0.1, weight_decay=1e-4
+    )
+    with top_kast(model, {"0.weight": 0.5}):
+        step(model, opt, 0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_looks_at_the_model_when_its_block_begins(name: str) -> None:
+    model, other = network(), network()
+    with torch.no_grad():
+        other[0].weight.copy_(torch.randn_like(other[0].weight))
+    block = METHODS[name](model)
+    model.load_state_dict(other.state_dict())
+    with block as late, METHODS[name](other) as early:
+        assert all(late.masks[key].equal(mask) for key, mask in early.masks.items())
+
+
+def test_a_parameter_that_is_replaced_is_found_out() -> None:
+    model = network()
+    masks = start(model)
+    with (
+        pytest.raises(InputError, match=r"weight '0.weight' after training: .* got another tensor"),
+        masked(model, masks),
+    ):
+        model.load_state_dict(network().state_dict(), assign=True)
+
+
+def test_a_weight_may_be_frozen_at_first() -> None:
+    model = network()
+    masks = start(model)
+    model[0].weight.requires_grad_(False)
+    with masked(model, masks):
+        assert not model[0].weight.requires_grad
+        model[0].weight.requires_grad_(True)
+        F.cross_entropy(model(batch(0)[0]), batch(0)[1]).backward()
+        assert not model[0].weight.grad[~masks["0.weight"]].any()
+
+
+def test_a_step_that_failed_stops_no_later_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    masks, broken, opt = start(model), sgd(model), sgd(model)
+    with masked(model, masks):
+        step(model, broken, 0)
+        monkeypatch.setattr(type(broken), "_init_group", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            step(model, broken, 1)
+        monkeypatch.undo()
+        step(model, opt, 2)
+        for key, mask in masks.items():
+            assert not model.get_parameter(key)[~mask].any()
+
+
 def _one_of_two(rank: int, folder: str) -> None:
     """A process of DistributedDataParallel, with batches of its own."""
     torch.set_num_threads(1)
@@ -431,13 +639,13 @@ def test_processes_that_share_gradients_share_masks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("call", "said"), [
     (lambda m: rigl(m, start(m), steps=0), r"steps=0: expected a positive whole number; got 0"),
     (lambda m: rigl(m, start(m), steps=9, every=0), r"every=0: expected a positive whole number"),
-    (lambda m: rigl(m, start(m), steps=9, alpha=1.5), r"alpha=1.5: expected a share"),
-    (lambda m: dsb(m, start(m), steps=9, until=0), r"until=0: expected a share"),
-    (lambda m: rigl(m, start(m), steps=9, grow="fast"), r"grow='fast': expected 'gradient' or 'random'"),
-    (lambda m: dsb(m, start(m), steps=9, block=0), r"block 0: expected a positive number of rows"),
-    (lambda m: top_kast(m, 0.0), r"density of '0.weight': expected a share of weights, 0 < density <= 1; got 0.0"),
+    (lambda m: rigl(m, start(m), steps=9, every=3, alpha=1.5), r"alpha=1.5: expected a fraction"),
+    (lambda m: dsb(m, start(m), steps=9, until=0), r"until=0: expected a fraction"),
+    (lambda m: rigl(m, start(m), steps=9, every=3, grow="fast"), r"grow='fast': expected 'gradient' or 'random'"),
+    (lambda m: dsb(m, start(m), steps=9, every=3, block=0), r"block 0: expected a positive number of rows"),
+    (lambda m: top_kast(m, 0.0), r"density of '0.weight': expected a fraction, 0 < density <= 1; got 0.0"),
     (lambda m: top_kast(m, {"9.weight": 0.5}), r"density of '9.weight': expected the name of a parameter"),
-    (lambda m: top_kast(m, 0.5, more=-1), r"more: expected a share .* got -1"),
+    (lambda m: top_kast(m, 0.5, extra=-1), r"extra: expected a fraction, .* got -1"),
     (lambda m: top_kast(m, 0.5, decay=-1), r"decay: expected a number that is not negative; got -1"),
     (lambda m: top_kast(m, 0.5, every=0), r"every: expected a positive whole number; got 0"),
     (lambda m: sr_ste(m, decay=-1), r"decay=-1: expected a number that is not negative"),
@@ -456,6 +664,6 @@ def test_masks_that_fit_no_parameter_are_refused() -> None:
     for method in (rigl, dsb):
         with (
             pytest.raises(MaskError, match=r"mask for '0.weight'"),
-            method(model, {"0.weight": torch.ones(3)}, steps=4),
+            method(model, {"0.weight": torch.ones(3)}, steps=4, every=1),
         ):
             pass

@@ -41,7 +41,7 @@ from tools.entrances import through_torch_compile
 from tools.recipes import RECIPES
 from tools.slim import native_slim
 from tools.subjects import OWN_MODELS, Inputs, build_model, example_inputs, make_masks, without_grad
-from tools.tables import CASE, ROOT, by_machine, load_rows, matrix, rows_in, write_documents
+from tools.tables import CASE, ROOT, by_machine, commit, load_rows, matrix, rows_in, write_documents
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -245,7 +245,7 @@ def _provenance(arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "machine": torch.cuda.get_device_name() if cuda else f"{cpu_name()}, {platform.machine()}",
         "versions": {"torch": torch.__version__, "python": platform.python_version(), "fxsparse": fxsparse.__version__},
-        "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else ""),
+        "commit": commit(),
         "date": date.today().isoformat(),
         "command": command(arguments),
     }
@@ -259,11 +259,6 @@ def command(arguments: argparse.Namespace) -> str:
         if value != action.default and action.dest != "out":
             words += [action.option_strings[0], *[str(value)] * (action.nargs != 0)]
     return shlex.join(words)
-
-
-def git(*words: str) -> str:
-    """What git says, or nothing."""
-    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _append(path: Path | None, row: dict[str, Any]) -> None:

@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -44,6 +43,7 @@ from fxsparse.coarsen import Coarsened, partition, regroup, shuffled_block
 from fxsparse.ir.masks import Masks
 from fxsparse.machine import cpu_name
 from fxsparse.prune import erk_densities, magnitude, prunable
+from tools.tables import commit
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "tools" / "rows" / "coarsen" / "partitioners.jsonl"  # tools/rows/*.jsonl are timings
@@ -189,7 +189,7 @@ def _write(row: Mapping[str, Any], arguments: argparse.Namespace) -> None:
         **row,
         "machine": f"{cpu_name()}, {platform.machine()}",
         "versions": {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()},
-        "commit": _commit(),
+        "commit": commit(),
         "date": date.today().isoformat(),
         "command": "python -m tools.compare_partitioners " + " ".join(sys.argv[1:]),
     }
@@ -197,12 +197,6 @@ def _write(row: Mapping[str, Any], arguments: argparse.Namespace) -> None:
     if arguments.out:
         with arguments.out.open("a", encoding="utf-8") as file:
             file.write(json.dumps(full) + "\n")
-
-
-def _commit() -> str:
-    """Short hash, with a + when the tree has changes."""
-    words = ("git", "describe", "--always", "--dirty=+", "--exclude=*")
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def _parser() -> argparse.ArgumentParser:

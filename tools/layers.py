@@ -39,9 +39,8 @@ from fxsparse.formats.shuffled_block_op import as_run, multiply, shuffled_block_
 from fxsparse.kernels.shared import LANES
 from fxsparse.machine import cpu_name
 from fxsparse.measure import Runs, interleave
-from tools.bench import git
 from tools.block_recipes import block_mask
-from tools.tables import ROWS, load_rows
+from tools.tables import ROWS, commit, load_rows
 
 # input channels, output channels, side, kernel, stride
 LAYERS = (
@@ -158,7 +157,7 @@ def _measured(
         "packed_us": round(runs.median(packed) * 1e3, 1), "speedup": round(speedup, 3),
         "rate": round(speedup * density, 3), "rounds": len(runs.ms[packed]),
         "machine": f"{cpu_name()}, {platform.machine()}", "versions": {"torch": torch.__version__},
-        "commit": git("rev-parse", "--short", "HEAD"), "date": date.today().isoformat(), "command": command,
+        "commit": commit(), "date": date.today().isoformat(), "command": command,
     }  # fmt: skip
 
 

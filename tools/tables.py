@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,12 @@ def load_rows(folder: str = "") -> list[dict[str, Any]]:
 def rows_in(path: Path) -> list[dict[str, Any]]:
     """Of one file."""
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def commit() -> str:
+    """Short hash of what runs, with a + when the tree has changes."""
+    words = ("git", "describe", "--always", "--dirty=+", "--exclude=*")
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def newest(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -28,10 +28,10 @@ import fxsparse
 from fxsparse.demo import BATCH, Digits, accuracy, load_digits, trainer
 from fxsparse.ir.masks import Masks
 from fxsparse.machine import cpu_name
-from fxsparse.prune import erk, grasp, magnitude, prunable, snip, synflow
+from fxsparse.prune import erk, erk_densities, grasp, magnitude, prunable, snip, synflow
 from fxsparse.train import dsb, imp, masked, rigl, sr_ste, top_kast
 from models import resnet_small_cifar
-from tools.tables import load_rows
+from tools.tables import commit, load_rows
 
 Train = Callable[[nn.Module, int, int], None]
 
@@ -99,6 +99,11 @@ def _one_shot(run: Run) -> Masks:
     return masks
 
 
+def _top_kast(run: Run) -> Masks:
+    run.train = trainer(run.digits, run.epochs, run.seed, lambda: None, weight_decay=0.0)  # it has its own
+    return _during(lambda r: top_kast(r.model, erk_densities(r.weights, r.density)))(run)
+
+
 def _erk(run: Run) -> Masks:
     return erk(run.weights, run.density, seed=run.seed)
 
@@ -117,7 +122,7 @@ METHODS: dict[str, Callable[[Run], Masks]] = {
     "synflow": _under(lambda r: synflow(r.model, (r.digits.train_images[:1],), r.density)),
     "set": _during(lambda r: rigl(r.model, _erk(r), steps=r.steps, every=_every(r), grow="random", seed=r.seed)),
     "rigl": _during(lambda r: rigl(r.model, _erk(r), steps=r.steps, every=_every(r))),
-    "top_kast": _during(lambda r: top_kast(r.model, r.density)),
+    "top_kast": _top_kast,
     "dsb 16": _during(lambda r: dsb(r.model, _erk(r), steps=r.steps, every=_every(r))),
     "sr_ste 2:4": _during(lambda r: sr_ste(r.model)),
 }
@@ -138,6 +143,7 @@ def run_method(name: str, digits: Digits, density: float, epochs: int, seed: int
         row |= {"dense_ms": report.dense_ms, "fxsparse_ms": report.sparse_ms, "speedup": report.speedup,
                 "chosen": report.chosen, "stored": sorted(stored)}  # fmt: skip
     machine = {"machine": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    machine |= {"commit": commit()}
     return (
         row
         | machine

@@ -49,7 +49,7 @@ def n_m(
         _log.info("coarsen %s", name)
         why = "excluded" if name in excluded else _why_not(mask, m)
         if not why:
-            found[name] = _largest(weight, mask, n, m)
+            found[name] = largest_of_every(weight, mask, n, m)
         layers.append(describe(name, weight, mask, found[name], (), f"kept as it was: {why}" if why else ""))
     return Coarsened(Masks(found), tuple(layers), {layer.name: () for layer in layers})
 
@@ -58,9 +58,9 @@ def _why_not(mask: Tensor, m: int) -> str:
     return f"{mask.shape[1]} input channels are no multiple of {m}" if mask.shape[1] % m else ""
 
 
-def _largest(weight: Tensor, mask: Tensor, n: int, m: int) -> Tensor:
+def largest_of_every(weight: Tensor, mask: Tensor, n: int, m: int) -> Tensor:
     """The mask of the N largest of every M along dimension 1. All of one shape."""
-    size = weight.abs().double().masked_fill(~mask, -1).unflatten(1, (-1, m))
+    size = weight.abs().masked_fill(~mask, -1).unflatten(1, (-1, m))
     order = size.sort(dim=2, descending=True, stable=True).indices.narrow(2, 0, n)
     kept = torch.zeros_like(size, dtype=torch.bool).scatter_(2, order, True)
     return kept.flatten(1, 2) & mask

@@ -58,7 +58,7 @@ def shuffled_block(
 
 
 def _groups(weight: Tensor, mask: Tensor, block: int, q: float | None, budget: int) -> tuple[RowGroup, ...]:
-    magnitude, kept = _magnitude(weight, mask), mask.flatten(1).cpu()
+    magnitude, kept = magnitudes(weight, mask), mask.flatten(1).cpu()
     sizes = group_sizes(len(kept), block)
     labels = torch.empty(len(kept), dtype=torch.int64)
     labels[_row_order(kept, block, q)] = torch.repeat_interleave(sizes)
@@ -67,7 +67,7 @@ def _groups(weight: Tensor, mask: Tensor, block: int, q: float | None, budget: i
     return tuple(RowGroup((labels == g).nonzero().flatten(), row.nonzero().flatten()) for g, row in enumerate(taken))
 
 
-def _magnitude(weight: Tensor, mask: Tensor) -> Tensor:
+def magnitudes(weight: Tensor, mask: Tensor) -> Tensor:
     """|w| where kept, float32 [O, n], scaled to a mean of 1; the mean where w is exactly 0 although it is kept."""
     size = torch.where(mask, weight, 0).flatten(1).cpu().double().abs()
     grown = (size == 0) & mask.flatten(1).cpu()

@@ -1,27 +1,29 @@
 """Dynamic shuffled blocks: masks that change as in RigL, and after every change are shuffled blocks again.
 
 candidates   the floor(f(t) k) smallest |w| of a layer's k weights
-dropped      candidates whose row or column, inside their block of B x B, has B / 2 candidates or more: what is dropped
+dropped      candidates whose row or column, inside their block of B x B, is candidates to half or more: what is dropped
              alone would come back with the next blocks
 grown        as many others, of largest |dL/dw|
 then         `coarsen.shuffled_block` with the density from the start; every weight that was not there before is 0
-Source: Dynamic Shuffled-Block training (NeurIPS 2022) and its released code, which grows by the dense gradient. There
-new weights keep what they held and the optimizer its momentum; a layer whose sides B does not divide is never blocked.
+Source: Dynamic Shuffled-Block training (NeurIPS 2022) and its released code, which grows by the dense gradient and not
+by the paper's estimate of it. There new weights keep what they held and the optimizer its momentum; a layer whose sides
+B does not divide is never blocked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
-from fxsparse.coarsen.shuffled_block import shuffled_block
+from fxsparse.coarsen.report import RowGroup
+from fxsparse.coarsen.shuffled_block import magnitudes, shuffled_block
 from fxsparse.ir.masks import Masks
 from fxsparse.prune.largest import largest
-from fxsparse.train.masked import Training, Weight, parameters_of, training
-from fxsparse.train.rigl import Moving, Schedule
+from fxsparse.train.masked import Training, Weight, hooked, parameters_of
+from fxsparse.train.rigl import DynamicMask, Schedule
 
 
 def dsb(
@@ -43,55 +45,73 @@ def dsb(
     those of the given masks, exceeded by less than a block. Raises what `rigl` and `shuffled_block` do.
     """
     schedule = Schedule(steps, every, alpha, until)
-    blocked = shuffled_block(dict(model.named_parameters()), Masks(masks).check(model), block=block, q=q)
-    densities = {name: float(mask.double().mean()) for name, mask in Masks(masks).items()}
-    weights: dict[str, Weight] = {}
-    for name, parameter, mask in parameters_of(model, blocked.masks):
-        if blocked.groups.get(name):
-            weights[name] = _Blocks(parameter, mask, schedule, block, q, densities[name])
-        else:
-            weights[name] = Moving(parameter, mask, schedule)
-    return training(weights)
+
+    def weights() -> list[Weight]:
+        given = Masks(masks).check(model)
+        found = shuffled_block(dict(model.named_parameters()), given, block=block, q=q)
+        return [
+            _Blocks(name, parameter, given[name], schedule, block, q)
+            if found.groups.get(name)
+            else DynamicMask(name, parameter, mask, schedule)
+            for name, parameter, mask in parameters_of(model, found.masks)
+        ]
+
+    return hooked(model, weights)
 
 
-class _Blocks(Moving):
-    """A weight of shuffled blocks, [O, ...] viewed as [O, n]."""
+class _Blocks(DynamicMask):
+    """A weight of shuffled blocks, [O, ...] viewed as [O, n].
+
+    numbers  int64 [O, n]: which block each weight lies in, -1 outside
+    """
 
     def __init__(
-        self, parameter: nn.Parameter, mask: Tensor, schedule: Schedule, block: int, q: float | None, density: float
+        self, name: str, parameter: nn.Parameter, mask: Tensor, schedule: Schedule, block: int, q: float | None
     ) -> None:
-        super().__init__(parameter, mask, schedule)
-        self.block, self.q, self.density = block, q, density
+        self.name, self.block, self.q, self.density = name, block, q, float(mask.double().mean())
+        super().__init__(name, parameter, self._blocked(parameter.detach(), mask), schedule)
 
-    def changed(self, weight: Tensor, promise: Tensor) -> Tensor:
-        kept = int(self.mask.sum())
-        count = int(self.schedule.share(self.steps) * kept)
+    def drop_and_grow(self, weight: Tensor, score: Tensor) -> Tensor:
+        count = int(self.schedule.fraction(self.steps) * int(self.mask.sum()))
         candidates = largest(-weight.abs().masked_fill(~self.mask, torch.inf), count)
-        dropped = gathered(candidates, self.mask, weight, self.block)
+        dropped = block_aware(candidates.flatten(1), self.numbers.to(candidates.device)).view(candidates.shape)
         stays = self.mask & ~dropped
-        grown = largest(promise.masked_fill(stays, -1), int(dropped.sum()))
-        one = {"weight": torch.where(stays, weight, 0)}
-        found = shuffled_block(one, {"weight": stays | grown}, block=self.block, q=self.q, density=self.density)
-        return found.masks["weight"]
+        grown = largest(score.masked_fill(stays, -1), int(dropped.sum()))
+        return self._blocked(torch.where(stays, weight, 0), stays | grown)
+
+    def _blocked(self, weight: Tensor, mask: Tensor) -> Tensor:
+        """The mask of the best blocks, whose numbers are kept."""
+        found = shuffled_block({self.name: weight}, {self.name: mask}, block=self.block, q=self.q, density=self.density)
+        self.numbers = numbered(found.groups[self.name], magnitudes(weight, mask), self.block)
+        return found.masks[self.name]
+
+    def state(self) -> dict[str, Tensor]:
+        return super().state() | {"numbers": self.numbers}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        super().load(state)
+        self.numbers = state["numbers"].cpu()
 
 
-def gathered(candidates: Tensor, mask: Tensor, weight: Tensor, block: int) -> Tensor:
-    """The candidates that share a row or a column of their block with half of it or more. All of one shape."""
-    chosen = candidates.flatten(1)
-    dropped = torch.zeros_like(chosen)
-    for rows, columns in blocks(mask.flatten(1), weight.flatten(1), block):
-        inside = chosen[rows[:, None], columns]
-        many = [inside.sum(dim, keepdim=True) >= block / 2 for dim in (0, 1)]
-        dropped[rows[:, None], columns] = inside & (many[0] | many[1])
-    return dropped.view(candidates.shape)
+def numbered(groups: tuple[RowGroup, ...], magnitude: Tensor, block: int) -> Tensor:
+    """Each weight's block [O, n], as `shuffled_block` cut them: a group's columns by falling norm. -1 outside."""
+    numbers, count = torch.full(magnitude.shape, -1), 0
+    for group in groups:
+        norms = magnitude[group.rows][:, group.columns].square().sum(0)
+        order = group.columns[norms.argsort(descending=True, stable=True)]
+        numbers[group.rows[:, None], order] = count + torch.arange(len(order)) // block
+        count += -(-len(order) // block)
+    return numbers
 
 
-def blocks(mask: Tensor, weight: Tensor, block: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Rows and columns of every block: rows whose columns are the same, these by falling norm, as they were cut."""
-    _, group = mask.unique(dim=0, return_inverse=True)
-    for g in range(int(group.max()) + 1):
-        for rows in (group == g).nonzero().flatten().split(block):
-            columns = mask[rows[0]].nonzero().flatten()
-            norms = weight[rows][:, columns].square().sum(0)
-            for some in columns[norms.argsort(descending=True, stable=True)].split(block):
-                yield rows, some
+def block_aware(candidates: Tensor, numbers: Tensor) -> Tensor:
+    """The candidates that make up half or more of their row or their column of a block. All [O, n]."""
+    rows, columns = candidates.shape
+    inside = numbers >= 0
+    dropped = torch.zeros_like(candidates)
+    for lines, line in ((rows, torch.arange(rows)[:, None]), (columns, torch.arange(columns)[None])):
+        key = (numbers * lines + line.to(numbers.device))[inside]
+        chosen, all_of_it = key[candidates[inside]].bincount(minlength=1), key.bincount()
+        chosen = torch.nn.functional.pad(chosen, (0, len(all_of_it) - len(chosen)))
+        dropped[inside] |= 2 * chosen[key] >= all_of_it[key]
+    return dropped & candidates

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from fxsparse.errors import InputError
 from fxsparse.ir.masks import Masks
+from fxsparse.train.steps import STEPS
 
 
 def masked(model: nn.Module, masks: Mapping[str, Tensor]) -> AbstractContextManager[Training]:
@@ -23,9 +23,9 @@ def masked(model: nn.Module, masks: Mapping[str, Tensor]) -> AbstractContextMana
     again, because momentum from before the mask still moves them. Weights are also masked on entry and on exit, so
     they are zero after the block even when something else than a torch optimizer wrote to them.
     The model's parameters must stay the same objects (load_state_dict and `.to(device)` keep them). Raises MaskError
-    when a mask does not fit the model.
+    when a mask does not fit the model, InputError where a weight is in another such block already.
     """
-    return training({name: Weight(parameter, mask) for name, parameter, mask in parameters_of(model, masks)})
+    return hooked(model, lambda: [Weight(name, p, mask) for name, p, mask in parameters_of(model, masks)])
 
 
 def parameters_of(model: nn.Module, masks: Mapping[str, Tensor]) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
@@ -42,24 +42,34 @@ class Weight:
     steps  steps that an optimizer with this parameter has made
     """
 
-    def __init__(self, parameter: nn.Parameter, mask: Tensor) -> None:
+    needs_steps = False  # whether it has to know the steps of an optimizer one by one
+
+    def __init__(self, name: str, parameter: nn.Parameter, mask: Tensor) -> None:
+        self.name = name
         self.parameter: Any = parameter  # Any: torch's register_hook has no types
         self.mask = mask.clone()
         self.steps = 0
 
     def apply(self) -> None:
         """Zero what is masked."""
-        self.mask = self.mask.to(self.parameter.device)  # the model may be moved meanwhile
+        self.follow()
         self.parameter.detach().masked_fill_(~self.mask, 0)
+
+    def follow(self) -> None:
+        """To the parameter's device: the model may be moved meanwhile."""
+        self.mask = self.mask.to(self.parameter.device)
 
     def gradient(self, gradient: Tensor) -> Tensor:
         """What of a gradient counts, as it arrives."""
         # masked_fill, not a product: 0 * inf is NaN
         return gradient.masked_fill(~self.mask.to(gradient.device), 0)
 
-    def before_step(self, optimizer: Optimizer) -> bool:
-        """Whether what was done takes the place of the optimizer's step."""
+    def before_step(self, optimizer: Optimizer, scale: Tensor | float) -> bool:
+        """Whether what was done takes the place of the optimizer's step. `scale`: by which gradients are too large."""
         return False
+
+    def reset_state(self, optimizer: Optimizer) -> None:
+        """Of this optimizer, too: it steps inside the one that `before_step` was told of."""
 
     def after_step(self) -> None:
         """Count the step, and leave in the model what it computes with next."""
@@ -84,7 +94,7 @@ class Training:
     @property
     def masks(self) -> Masks:
         """A copy of the masks as they are now, for `fxsparse.compile`."""
-        return Masks({name: weight.mask.clone() for name, weight in self._weights.items()})
+        return Masks({name: weight.mask for name, weight in self._weights.items()})
 
     def state_dict(self) -> dict[str, Tensor]:
         """Masks, steps and what else a method keeps, flat, to save beside the model's and the optimizer's."""
@@ -102,37 +112,42 @@ class Training:
             weight.load({key: state[f"{name}/{key}"].clone() for key in weight.state()})
             weight.apply()
 
-    def _of(self, optimizer: Optimizer) -> list[Weight]:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        return [weight for weight in self._weights.values() if id(weight.parameter) in held]
-
-    @torch.no_grad()
-    def _before(self, optimizer: Optimizer, *_: object) -> None:
-        replaced = [weight.before_step(optimizer) for weight in self._of(optimizer)]
-        if any(replaced):
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None  # of every optimizer of torch's, the way to leave a parameter as it is
-
-    @torch.no_grad()
-    def _after(self, optimizer: Optimizer, *_: object) -> None:
-        for weight in self._of(optimizer):
-            weight.after_step()
-
 
 @contextmanager
-def training(weights: Mapping[str, Weight]) -> Iterator[Training]:
-    """Inside, these weights follow what torch optimizers do."""
-    found = Training(weights)
-    with ExitStack() as undo:
-        for weight in weights.values():
-            if weight.parameter.requires_grad:
-                undo.callback(weight.parameter.register_hook(weight.gradient).remove)
+def hooked(model: nn.Module, make: Callable[[], list[Weight]]) -> Iterator[Training]:
+    """Inside, the weights that `make` gives follow what torch optimizers do.
+
+    Raises InputError where there are none, where one is in another block, and at the end where the model has other
+    parameters than at the start.
+    """
+    weights = make()
+    if not weights:
+        raise InputError("weights to train", expected="at least one", got="none",
+                         do="prunable(model) names those that fit; the last linear layer is left out.")  # fmt: skip
+    with ExitStack() as undo, STEPS.of(weights):
+        for weight in weights:
+            undo.callback(_on_gradient(weight).remove)
             weight.apply()
-        undo.callback(register_optimizer_step_pre_hook(found._before).remove)
-        undo.callback(register_optimizer_step_post_hook(found._after).remove)
         try:
-            yield found
+            yield Training({weight.name: weight for weight in weights})
         finally:
-            for weight in weights.values():
+            for weight in weights:
                 weight.apply()
+    _check_same(model, weights)
+
+
+def _on_gradient(weight: Weight) -> Any:
+    """A hook that also works for a parameter that is frozen now."""
+    asks = weight.parameter.requires_grad
+    handle = weight.parameter.requires_grad_(True).register_hook(weight.gradient)
+    weight.parameter.requires_grad_(asks)
+    return handle
+
+
+def _check_same(model: nn.Module, weights: list[Weight]) -> None:
+    parameters = dict(model.named_parameters())
+    for weight in weights:
+        if parameters.get(weight.name) is not weight.parameter:
+            raise InputError(f"weight {weight.name!r} after training", expected="the parameter from the start",
+                             got="another tensor, which no mask was applied to",
+                             do="load_state_dict without assign=True, and .to(device), keep it.")  # fmt: skip

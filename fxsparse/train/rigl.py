@@ -1,16 +1,17 @@
 """RigL: sparse from the first step to the last; now and then the smallest weights make room for others.
 
-after every `every` steps t, until `until` of all, in each layer with k weights:
-    n = floor(f(t) k),  f(t) = alpha / 2 (1 + cos(pi t / (until * steps)))
+after every `every` steps t, until t_end = `until` of all, in each layer with k weights:
+    n = floor(f(t) k),  f(t) = alpha / 2 (1 + cos(pi t / t_end))
     keep the k - n largest |w|; of all others, grow the n of largest |dL/dw|, which the mask let nothing of through
-    grown weights are 0, and what the optimizer remembers of them too; one that was just dropped keeps both
+    grown weights are 0, and what the optimizer keeps for them too; one that was just dropped keeps both
 That takes the place of the optimizer's step.
-Source: Evci et al., Rigging the Lottery (ICML 2020), Algorithm 1, and its released code; with grow="random", SET:
-Mocanu et al. (2018).
+Source: Evci et al., Rigging the Lottery (ICML 2020), Algorithm 1, and its released code; with grow="random" what is
+called SET there. (Mocanu et al., 2018, drop by sign, a constant fraction each epoch, and grow weights that are not 0.)
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 
 from fxsparse.errors import InputError
 from fxsparse.prune.largest import largest
-from fxsparse.train.masked import Training, Weight, parameters_of, training
+from fxsparse.train.masked import Training, Weight, hooked, parameters_of
 
 
 def rigl(
@@ -41,22 +42,23 @@ def rigl(
     masks  to start from, by parameter name: `fxsparse.prune.erk` gives those of the paper
     steps  optimizer steps of the whole training
     every  steps between two changes of the masks
-    alpha  the share of a layer's weights that the first change drops
-    until  the share of the steps after which the masks stay
+    alpha  the fraction of a layer's weights that the first change drops
+    until  the fraction of the steps after which the masks stay
     grow   "gradient", or "random" (SET), drawn with `seed`
 
-    The loop around it is the user's own, with any optimizer of torch's; the block gives a `Training`, whose `.masks`
-    are the masks of the moment. Under DistributedDataParallel all processes change their masks alike, since gradients
-    are averaged by then. On the steps before a change gradients are dense when norms are taken. Raises InputError on
-    numbers outside their range and gradients that are not finite, MaskError when a mask does not fit the model.
+    The loop around it is the user's own; the block gives a `Training`, whose `.masks` are the masks of the moment.
+    Under DistributedDataParallel all processes change their masks alike, since gradients are averaged by then. On the
+    steps before a change gradients are dense when norms are taken. Of an optimizer's state, tensors of the weight's
+    shape are 0 where a weight was grown. Raises InputError on numbers outside their range and gradients that are not
+    finite, MaskError when a mask does not fit the model.
     """
     schedule = Schedule(steps, every, alpha, until)
-    check_grow(grow)
-    return training(
-        {
-            name: Moving(parameter, mask, schedule, None if grow == "gradient" else seed + i)
-            for i, (name, parameter, mask) in enumerate(parameters_of(model, masks))
-        }
+    if grow not in ("gradient", "random"):
+        raise InputError(f"grow={grow!r}", expected="'gradient' or 'random'", got=repr(grow),
+                         do="'gradient' is RigL, 'random' is SET.")  # fmt: skip
+    drawn = None if grow == "gradient" else seed
+    return hooked(
+        model, lambda: [DynamicMask(name, p, m, schedule, drawn) for name, p, m in parameters_of(model, masks)]
     )
 
 
@@ -70,12 +72,13 @@ class Schedule:
     until: float
 
     def __post_init__(self) -> None:
-        whole = "a positive whole number"
+        whole, end = "a positive whole number", self.until * self.steps
         for name, fits, expected, do in (
             ("steps", self.steps >= 1, whole, "It is the number of optimizer steps of the whole training."),
+            ("alpha", 0 < self.alpha <= 1, "a fraction, 0 < alpha <= 1", "0.3 drops at most three of ten weights."),
+            ("until", 0 < self.until <= 1, "a fraction, 0 < until <= 1", "0.75 keeps masks for the last quarter."),
             ("every", self.every >= 1, whole, "100 steps on CIFAR, 800 on ImageNet are what papers used."),
-            ("alpha", 0 < self.alpha <= 1, "a share, 0 < alpha <= 1", "0.3 drops at most three of ten weights."),
-            ("until", 0 < self.until <= 1, "a share, 0 < until <= 1", "0.75 keeps the masks for the last quarter."),
+            ("every", self.every < end, f"less than until * steps = {end:g}", "Or the masks would never change."),
         ):
             value = getattr(self, name)
             if not fits:
@@ -85,64 +88,68 @@ class Schedule:
         """Whether masks change once so many steps have been made."""
         return 0 < step < self.until * self.steps and step % self.every == 0
 
-    def share(self, step: int) -> float:
+    def fraction(self, step: int) -> float:
         """Of a layer's weights that are dropped then."""
         return self.alpha / 2 * (1 + math.cos(math.pi * step / (self.until * self.steps)))
 
 
-class Moving(Weight):
-    """A weight whose mask changes on a schedule, by its gradient, or by chance where there is a seed."""
+class DynamicMask(Weight):
+    """A weight whose mask changes on a schedule, by its gradient, or at random where there is a seed."""
 
-    def __init__(self, parameter: nn.Parameter, mask: Tensor, schedule: Schedule, seed: int | None = None) -> None:
-        super().__init__(parameter, mask)
+    needs_steps = True
+
+    def __init__(
+        self, name: str, parameter: nn.Parameter, mask: Tensor, schedule: Schedule, seed: int | None = None
+    ) -> None:
+        super().__init__(name, parameter, mask)
         self.schedule, self.seed = schedule, seed
+        self.grown: Tensor | None = None  # between a change and the end of the step that it takes the place of
 
     def gradient(self, gradient: Tensor) -> Tensor:
         """All of it before a change."""
         return gradient if self.schedule.due(self.steps) else super().gradient(gradient)
 
-    def before_step(self, optimizer: Optimizer) -> bool:
+    def before_step(self, optimizer: Optimizer, scale: Tensor | float) -> bool:
         """Change the mask when that is due."""
         gradient = self.parameter.grad
         if not self.schedule.due(self.steps) or gradient is None:
             return False
-        check_finite(gradient)
-        old, self.mask = self.mask, self.changed(self.parameter.detach(), self._promise(gradient))
-        forget(optimizer, self.parameter, self.mask & ~old)
+        check_finite(f"gradient of {self.name!r}", gradient)
+        self.follow()
+        old, self.mask = self.mask, self.drop_and_grow(self.parameter.detach(), self._score(gradient))
+        self.grown = self.mask & ~old
+        self.reset_state(optimizer)
         return True
 
-    def changed(self, weight: Tensor, promise: Tensor) -> Tensor:
-        """The next mask; `promise` ranks weights to grow."""
-        kept = int(self.mask.sum())
-        drop = int(self.schedule.share(self.steps) * kept)
-        stays = largest(weight.abs().masked_fill(~self.mask, -1), kept - drop)
-        return stays | largest(promise.masked_fill(stays, -1), drop)
+    def reset_state(self, optimizer: Optimizer) -> None:
+        """What an optimizer keeps for each weight starts from 0 where it was grown, as the weight itself does."""
+        for value in optimizer.state.get(self.parameter, {}).values():
+            if self.grown is not None and isinstance(value, Tensor) and value.shape == self.grown.shape:
+                value.masked_fill_(self.grown.to(value.device), 0)
 
-    def _promise(self, gradient: Tensor) -> Tensor:
+    def after_step(self) -> None:
+        self.grown = None
+        super().after_step()
+
+    def drop_and_grow(self, weight: Tensor, score: Tensor) -> Tensor:
+        """The next mask; `score` ranks weights to grow."""
+        kept = int(self.mask.sum())
+        drop = int(self.schedule.fraction(self.steps) * kept)
+        stays = largest(weight.abs().masked_fill(~self.mask, -1), kept - drop)
+        return stays | largest(score.masked_fill(stays, -1), drop)
+
+    def _score(self, gradient: Tensor) -> Tensor:
         if self.seed is None:
             return gradient.abs()
-        generator = torch.Generator().manual_seed(self.seed + self.steps)
+        stream = hashlib.sha256(f"{self.seed} {self.name} {self.steps}".encode()).digest()[:7]
+        generator = torch.Generator().manual_seed(int.from_bytes(stream))
         return torch.randperm(gradient.numel(), generator=generator).view(gradient.shape).to(gradient.device)
 
 
-def forget(optimizer: Optimizer, parameter: nn.Parameter, grown: Tensor) -> None:
-    """What an optimizer keeps for each weight starts from 0 where it was grown, as the masked weight itself does."""
-    for value in optimizer.state.get(parameter, {}).values():
-        if isinstance(value, Tensor) and value.shape == parameter.shape:
-            value.masked_fill_(grown.to(value.device), 0)
-
-
-def check_finite(gradient: Tensor) -> None:
+def check_finite(what: str, tensor: Tensor) -> None:
     """Raises InputError on NaN and infinity, which rank nothing."""
-    wrong = int((~gradient.isfinite()).sum())
+    wrong = int((~tensor.isfinite()).sum())
     if wrong:
-        raise InputError("gradient of a masked weight", expected="finite numbers, to choose what to grow",
-                         got=f"{wrong} NaN or infinite of {gradient.numel()}",
+        raise InputError(what, expected="finite numbers, to choose what to keep",
+                         got=f"{wrong} NaN or infinite of {tensor.numel()}",
                          do="Training has diverged: lower the learning rate; with float16, a GradScaler.")  # fmt: skip
-
-
-def check_grow(grow: str) -> None:
-    """Raises InputError unless it is known."""
-    if grow not in ("gradient", "random"):
-        raise InputError(f"grow={grow!r}", expected="'gradient' or 'random'", got=repr(grow),
-                         do="'gradient' is RigL, 'random' is SET.")  # fmt: skip

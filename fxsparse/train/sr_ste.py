@@ -13,11 +13,12 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from fxsparse.coarsen.n_m import n_m
+from fxsparse.coarsen.n_m import largest_of_every, n_m
 from fxsparse.errors import InputError
+from fxsparse.formats.n_m import check_pattern
 from fxsparse.prune.prunable import prunable
-from fxsparse.train.hidden import Hidden
-from fxsparse.train.masked import Training, training
+from fxsparse.train.dense import DenseWeight
+from fxsparse.train.masked import Training, Weight, hooked
 
 
 def sr_ste(
@@ -30,32 +31,35 @@ def sr_ste(
     exclude  modules or parameters to leave dense; the head always is, see `prunable`
 
     Layers whose input channels are no multiple of M stay dense and have no mask. The loop around it is the user's own,
-    with any optimizer of torch's; the block gives a `Training`, whose `.masks` are N:M. Outside of steps the model's
-    own weights are 0 where its mask is, so it can be evaluated and saved at any time; to go on from there takes
-    `Training.state_dict`, where the others are. Raises InputError on another pattern and numbers outside their range.
+    the block gives a `Training`, whose `.masks` are N:M. Between steps the model's own weights are 0 where its mask is,
+    so it can be evaluated and saved; to go on from there takes `Training.state_dict`, where the others are. Raises
+    InputError on another pattern, numbers outside their range, weights that are not finite, and without a layer.
     """
     if not decay >= 0:
         raise InputError(f"decay={decay!r}", expected="a number that is not negative", got=repr(decay),
                          do="2e-4 is the paper's.")  # fmt: skip
-    weights = prunable(model, exclude=exclude)
-    found = n_m(weights, {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}, n=n, m=m)
-    parameters = dict(model.named_parameters())
-    fitting = [layer.name for layer in found.layers if not layer.fallback]
-    return training({name: _SrSte(parameters[name], found.masks[name], n, m, decay) for name in fitting})
+    check_pattern(n, m)
+
+    def made() -> list[Weight]:
+        weights, parameters = prunable(model, exclude=exclude), dict(model.named_parameters())
+        found = n_m(weights, {name: torch.ones_like(w, dtype=torch.bool) for name, w in weights.items()}, n=n, m=m)
+        fitting = [layer.name for layer in found.layers if not layer.fallback]
+        return [_SrSte(name, parameters[name], found.masks[name], n, m, decay) for name in fitting]
+
+    return hooked(model, made)
 
 
-class _SrSte(Hidden):
-    def __init__(self, parameter: nn.Parameter, mask: Tensor, n: int, m: int, decay: float) -> None:
-        super().__init__(parameter, mask)
+class _SrSte(DenseWeight):
+    def __init__(self, name: str, parameter: nn.Parameter, mask: Tensor, n: int, m: int, decay: float) -> None:
+        super().__init__(name, parameter, mask)
         self.n, self.m, self.decay = n, m, decay
 
     def gradient(self, gradient: Tensor) -> Tensor:
         """All of it: straight through."""
         return gradient
 
-    def pull(self) -> Tensor:
-        return self.decay * self.hidden.masked_fill(self.mask, 0)
+    def penalty(self) -> Tensor:
+        return self.decay * self.dense.masked_fill(self.mask, 0)
 
     def chosen(self, weight: Tensor) -> Tensor:
-        every = {"weight": torch.ones_like(weight, dtype=torch.bool)}
-        return n_m({"weight": weight}, every, n=self.n, m=self.m).masks["weight"]
+        return largest_of_every(weight, torch.ones_like(weight, dtype=torch.bool), self.n, self.m)

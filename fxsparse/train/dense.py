@@ -9,33 +9,38 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxsparse.train.masked import Weight
+from fxsparse.train.rigl import check_finite
 
 
-class Hidden(Weight):
+class DenseWeight(Weight):
     """A weight that is dense for the optimizer alone: outside of its steps the model holds what the mask keeps.
 
-    hidden  the dense weight after the last step; where the mask keeps it, the parameter itself is what counts
+    dense  after the last step; where the mask keeps it, the parameter itself is what counts
     """
 
-    def __init__(self, parameter: nn.Parameter, mask: Tensor) -> None:
-        super().__init__(parameter, mask)
-        self.hidden = parameter.detach().clone()
+    needs_steps = True
 
-    def before_step(self, optimizer: Optimizer) -> bool:
+    def __init__(self, name: str, parameter: nn.Parameter, mask: Tensor) -> None:
+        super().__init__(name, parameter, mask)
+        self.dense = parameter.detach().clone()
+
+    def before_step(self, optimizer: Optimizer, scale: Tensor | float) -> bool:
         """Put in what was left out."""
-        self.hidden = torch.where(self.mask, self.parameter, self.hidden.to(self.parameter))
-        self.parameter.copy_(self.hidden)
+        self.follow()
+        self.dense = torch.where(self.mask, self.parameter, self.dense.to(self.parameter))
+        self.parameter.copy_(self.dense)
         if self.parameter.grad is not None:
-            self.parameter.grad.add_(self.pull().to(self.parameter.grad))
+            self.parameter.grad.add_((self.penalty() * scale).to(self.parameter.grad))
         return False
 
     def after_step(self) -> None:
         """Keep the dense weight, and look again for what the model computes with."""
-        self.hidden = self.trained(self.parameter.detach())
-        self.mask = self.chosen(self.hidden)
+        check_finite(f"weight {self.name!r}", self.parameter.detach())
+        self.dense = self.trained(self.parameter.detach())
+        self.mask = self.chosen(self.dense)
         super().after_step()
 
-    def pull(self) -> Tensor:
+    def penalty(self) -> Tensor:
         """What is added to the gradient."""
         raise NotImplementedError
 
@@ -48,8 +53,8 @@ class Hidden(Weight):
         raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:
-        return super().state() | {"hidden": self.hidden}
+        return super().state() | {"dense": self.dense}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         super().load(state)
-        self.hidden = state["hidden"].to(self.parameter)
+        self.dense = state["dense"].to(self.parameter)
