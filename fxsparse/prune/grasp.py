@@ -37,8 +37,9 @@ def grasp(
 
     The model runs in the mode it is in; the released code's is training mode. It is left as it was, and so are torch's
     generators. Dropout draws other masks in each of the two passes. The count is exact; of equal scores the earlier is
-    kept. Takes the memory of two backward passes. Warns when a layer is left without weights. Raises InputError on a density outside the range, no batches, scores
-    that are not finite, a loss that is no finite scalar, and one whose gradient does not depend on the weights.
+    kept. Takes the memory of two backward passes. Warns when a layer is left without weights. Raises InputError on a
+    density outside the range, no batches, scores that are not finite, a loss that is no finite scalar, and one whose
+    gradient does not depend on the weights.
     """
     weights = prunable(model, exclude=exclude)
     keep = budget(weights, density)
