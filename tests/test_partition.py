@@ -183,15 +183,6 @@ def test_the_table_in_the_documents_is_the_committed_rows_and_every_row_says_whe
         assert row["partition_w2"] > row["rule_w2"]
 
 
-def test_erk_densities_add_up_and_none_is_above_one() -> None:
-    weights = {"a": torch.ones(8, 4, 3, 3), "b": torch.ones(64, 64, 3, 3), "c": torch.ones(128, 64)}
-    density = compare_partitioners.erk(weights, 0.2)
-    total = sum(density[n] * w.numel() for n, w in weights.items())
-    assert total == pytest.approx(0.2 * sum(w.numel() for w in weights.values()))
-    assert max(density.values()) <= 1
-    assert density["b"] / density["c"] == pytest.approx((64 + 64 + 6) / (64 * 64 * 9) / ((128 + 64) / (128 * 64)))
-
-
 @pytest.mark.parametrize("name", ["n_m", "partition", "refill", "refill_plus", "regroup", "shuffled_block"])
 def test_a_model_is_not_its_weights(name: str) -> None:
     model: Any = nn.Sequential(nn.Linear(8, 8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -231,3 +232,12 @@ def test_the_caller_s_default_dtype_and_device_are_no_part_of_the_result(dtype: 
     finally:
         torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
+def test_a_model_in_the_place_of_its_weights_is_refused() -> None:
+    model: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    for method in (magnitude, lambda weights, density: random(weights, density, seed=0)):
+        with pytest.raises(
+            InputError, match=r"weights: expected a dict of weights by parameter name; got a Sequential"
+        ):
+            method(model, 0.5)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxsparse.errors import InputError, MaskError, near
 from fxsparse.ir.masks import Masks, weight_of_mask
+from fxsparse.prune.prunable import refuse_model
 
 Density = float | Mapping[str, float] | None
 
@@ -18,16 +19,10 @@ def layers_of(weights: Mapping[str, Tensor], masks: Masks) -> Iterator[tuple[str
 
     InputError for a model in place of its weights, too.
     """
-    _refuse_model(weights)
+    refuse_model(weights)
     for name, mask in masks.items():
         if mask.dim() >= 2 and mask.numel():
             yield name, weight_of(name, mask, weights), mask
-
-
-def _refuse_model(weights: object) -> None:
-    if isinstance(weights, nn.Module):
-        raise InputError("weights", expected="a dict of weights by parameter name", got=f"a {type(weights).__name__}",
-                         do="Pass fxsparse.prune.prunable(model), or dict(model.named_parameters()).")  # fmt: skip
 
 
 def weight_of(name: str, mask: Tensor, weights: Mapping[str, Tensor]) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fxsparse.errors import InputError
 from fxsparse.ir.masks import Masks, weight_of_mask
 from fxsparse.prune.largest import largest
+from fxsparse.prune.prunable import refuse_model
 
 
 def magnitude(weights: Mapping[str, Tensor], density: float, *, masks: Mapping[str, Tensor] | None = None) -> Masks:
@@ -41,6 +42,7 @@ def magnitude(weights: Mapping[str, Tensor], density: float, *, masks: Mapping[s
 
 def budget(weights: Mapping[str, Tensor], density: float) -> int:
     """round(density * number of weights). Raises InputError unless 0 < density <= 1 and there is a weight."""
+    refuse_model(weights)
     total = sum(weight.numel() for weight in weights.values())
     if not total:
         raise InputError(

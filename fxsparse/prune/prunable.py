@@ -32,6 +32,13 @@ def prunable(
     return {name: weight for name, weight, _ in found if name not in skipped}
 
 
+def refuse_model(weights: object) -> None:
+    """Raises InputError for a model in the place of its weights."""
+    if isinstance(weights, nn.Module):
+        raise InputError("weights", expected="a dict of weights by parameter name", got=f"a {type(weights).__name__}",
+                         do="Pass fxsparse.prune.prunable(model), or dict(model.named_parameters()).")  # fmt: skip
+
+
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, nn.Module]]:
     own_name = {id(p): n for n, p in model.named_parameters()}
     for module in model.modules():

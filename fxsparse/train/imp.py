@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class Ticket:
     """
 
     masks: Masks
-    rewind_state: dict[str, Any]
+    rewind_state: dict[str, Any] = field(repr=False)
     history: tuple[Masks, ...]
 
 
