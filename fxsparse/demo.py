@@ -74,7 +74,7 @@ def run(out_dir: str | os.PathLike[str], seed: int = 0, quick: bool = False) -> 
     missing, VerificationError when the compiled network does not answer as the masked one does.
     """
     out = Path(out_dir)
-    writable(out / "report.html")
+    writable(out / "report.html", "report.html")
     setup, console = QUICK if quick else Setup(), Console()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

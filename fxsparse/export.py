@@ -88,7 +88,7 @@ def export_onnx(
     VerificationError when the file computes something else; InputError when `sparse` is not compiled, or for `path`.
     """
     gm = compiled_graph(sparse)
-    writable(path)
+    writable(path, "model.onnx")
     require("onnx", "onnxscript", *["onnxruntime"] * verify, what="export_onnx")
     with COMPILING:
         model = to_onnx(gm)
@@ -169,7 +169,7 @@ def export_tensorrt(
     """
     gm, own = compiled_graph(sparse), batch_size(pytree.tree_leaves(sparse.example))
     profile = Profile(1, own, own) if batches is None else _profile(batches)
-    writable(path)
+    writable(path, "model.onnx")
     trt = tensorrt() if engine else None
     require("onnx", "onnxscript", *["onnxruntime"] * (verify and not engine), what="export_tensorrt")
     with COMPILING:

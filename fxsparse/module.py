@@ -131,7 +131,7 @@ class SparseModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The masked model's outputs, in its own structure."""
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() and any(map(_stands_in, pytree.tree_leaves((args, kwargs)))):
             raise InputError("torch.export of a SparseModule", expected="PyTorch's operators", got="compiled code",
                              do="fast.graph_module is the same function in operators: export that.")  # fmt: skip
         call = Call(args, kwargs)
@@ -359,6 +359,11 @@ def _laid_out(inputs: Sequence[Any], like: Sequence[Any]) -> Sequence[Any]:
         x.contiguous(memory_format=memory_format(y)) if isinstance(x, Tensor) and isinstance(y, Tensor) else x
         for x, y in zip(inputs, like, strict=True)
     ]
+
+
+def _stands_in(x: object) -> bool:
+    """For a tensor, while torch.export traces: that another thread exports is no matter here."""
+    return isinstance(x, Tensor) and type(x) not in (Tensor, nn.Parameter)
 
 
 def _is_tensor(x: object) -> bool:

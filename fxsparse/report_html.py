@@ -34,7 +34,7 @@ _MAGNIFY = 8  # a small picture is shown so many times larger, at most
 
 def write_page(report: Report, path: str | os.PathLike[str]) -> None:
     """Write the page to `path`, whole or not at all; missing folders are made. Raises InputError where none can be."""
-    with whole_file(writable(path)) as name:
+    with whole_file(writable(path, "report.html")) as name:
         name.write_bytes(page(report).encode())
 
 

@@ -645,7 +645,9 @@ def test_it_can_be_pickled_until_it_is_compiled() -> None:
 
 
 @pytest.mark.parametrize("target", ["eager", "inductor"])
-def test_its_graph_can_be_exported_and_it_can_be_part_of_a_compiled_model(target: str) -> None:
+def test_its_graph_can_be_exported_and_it_can_be_part_of_a_compiled_model(
+    target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, x = Net(), images()
     fast, expected = build(model, masks_of(model), x, target=target), zeroed(model, masks_of(model))(x)
     with pytest.raises(InputError, match=r"torch.export of a SparseModule: expected PyTorch's operators") as caught:
@@ -653,6 +655,8 @@ def test_its_graph_can_be_exported_and_it_can_be_part_of_a_compiled_model(target
     assert "fast.graph_module" in caught.value.do
     agree(torch.export.export(fast.graph_module, (x,)).module()(x), expected)
     agree(torch.compile(nn.Sequential(fast), backend="eager")(x), expected)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)  # by another thread
+    agree(fast(x), expected)
 
 
 def in_threads(function: Callable[[int], None], count: int = 4) -> None:

@@ -642,7 +642,7 @@ def test_a_folder_is_refused_with_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         a_report().to_html(tmp_path)
     assert str(caught.value) == (
-        f"output file {str(tmp_path)!r}: expected a file; got a folder.\n  {tmp_path / 'report'}, say."
+        f"output file {str(tmp_path)!r}: expected a file; got a folder.\n  {tmp_path / 'report.html'}, say."
     )
 
 

@@ -186,7 +186,8 @@ def _aligned(node: fx.Node, channel: int | None, links: _Links) -> None:
     for n in node.all_input_nodes:
         offset = _rank(node) - _rank(n)
         if channel is not None and n is not node.args[0]:
-            if _shape(n) == _shape(node)[channel : channel + 1]:  # not one for all, as PReLU may have
+            # not one for all, as PReLU may have; which lies along dimension 1 where there is one
+            if channel < _rank(node) and _shape(n) == [_shape(node)[channel]]:
                 links.tie(n, 0, node, channel)
             continue
         for dim, size in enumerate(_shape(n)):

@@ -29,7 +29,7 @@ def obstacle(path: Path) -> str:
     return "a folder" if path.is_dir() else "something that is no file" if path.exists() and not path.is_file() else ""
 
 
-def writable(path: object, like: str = "") -> Path:
+def writable(path: object, like: str) -> Path:
     """`path`, if a file can be written there: found out before the minutes of work rather than after. Makes the folder.
 
     like  what such a file may be called, for the advice
@@ -47,8 +47,7 @@ def writable(path: object, like: str = "") -> Path:
             got=f"{type(error).__name__}: {error.strerror}", do="Name another file.",
         ) from None  # fmt: skip
     if problem := obstacle(target):
-        inside = " or ".join(str(target / name) for name in ((like,) if like else ("report.html", "model.onnx")))
-        do = f"{inside}, say." if target.is_dir() else "Name another file."
+        do = f"{target / like}, say." if target.is_dir() else "Name another file."
         raise InputError(where, expected="a file", got=problem, do=do)
     return target
 
