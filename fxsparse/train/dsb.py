@@ -62,7 +62,7 @@ def dsb(
 class _Blocks(DynamicMask):
     """A weight of shuffled blocks, [O, ...] viewed as [O, n].
 
-    numbers  int64 [O, n]: which block each weight lies in, -1 outside
+    numbers  int32 [O, n]: which block each weight lies in, -1 outside
     """
 
     def __init__(
@@ -95,11 +95,11 @@ class _Blocks(DynamicMask):
 
 def numbered(groups: tuple[RowGroup, ...], magnitude: Tensor, block: int) -> Tensor:
     """Each weight's block [O, n], as `shuffled_block` cut them: a group's columns by falling norm. -1 outside."""
-    numbers, count = torch.full(magnitude.shape, -1), 0
+    numbers, count = torch.full(magnitude.shape, -1, dtype=torch.int32), 0
     for group in groups:
         norms = magnitude[group.rows][:, group.columns].square().sum(0)
         order = group.columns[norms.argsort(descending=True, stable=True)]
-        numbers[group.rows[:, None], order] = count + torch.arange(len(order)) // block
+        numbers[group.rows[:, None], order] = (count + torch.arange(len(order)) // block).int()
         count += -(-len(order) // block)
     return numbers
 
@@ -110,7 +110,7 @@ def block_aware(candidates: Tensor, numbers: Tensor) -> Tensor:
     inside = numbers >= 0
     dropped = torch.zeros_like(candidates)
     for lines, line in ((rows, torch.arange(rows)[:, None]), (columns, torch.arange(columns)[None])):
-        key = (numbers * lines + line.to(numbers.device))[inside]
+        key = (numbers.long() * lines + line.to(numbers.device))[inside]
         chosen, all_of_it = key[candidates[inside]].bincount(minlength=1), key.bincount()
         chosen = torch.nn.functional.pad(chosen, (0, len(all_of_it) - len(chosen)))
         dropped[inside] |= 2 * chosen[key] >= all_of_it[key]
