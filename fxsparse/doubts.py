@@ -74,5 +74,6 @@ def _differ(model: nn.Module, masks: Masks, weights: Mapping[str, Tensor]) -> bo
 
 
 def _differs(own: Tensor, stored: Tensor, mask: Tensor | None) -> bool:
-    other = own != stored.to(own)
+    stored = stored.to(own)
+    other = (own != stored) & ~(own.isnan() & stored.isnan())
     return bool((other if mask is None else other & mask.to(own.device)).any())

@@ -68,7 +68,7 @@ class Row:
 class Timing:
     """One build, timed in interleaved pairs with the others: median, 20th and 80th percentile of `runs` runs.
 
-    together  in the rounds that the speedup is of; else at another time, on a machine that was faster or slower then
+    together  in all rounds that the speedup is of; else the machine may have been faster or slower
     """
 
     build: str
@@ -258,7 +258,7 @@ def elsewhen(timings: Iterable[Timing]) -> str:
     """What the star behind a build's name says; empty where none has one."""
     if all(timing.together for timing in timings):
         return ""
-    return "* not timed in the same rounds as ours: the machine may have been faster or slower then"
+    return "* not timed in all rounds of ours: the machine may have been faster or slower then"
 
 
 def _speed(report: Report) -> str:

@@ -146,7 +146,9 @@ def _decide(gm: fx.GraphModule, node: fx.Node, fmt: Format, ctx: Context) -> Dec
     try:
         sparse_us = ctx.time_format(node, packed) * 1e6
     except (FxSparseError, RuntimeError) as error:  # a GPU's kernels are Triton's and cuSPARSELt's: some cannot run
-        return Decision("choose_formats", name, what, f"it cannot run here: {first_line(error)}", False)
+        return Decision(
+            "choose_formats", name, what, _named(fmt, f"it cannot run here: {first_line(error)}", False), False
+        )
     faster = sparse_us < margin(node, ctx) * dense_us
     why = _named(fmt, f"{share:.0%} of the work: {sparse_us:.0f} us, dense {dense_us:.0f} us", faster)
     data |= {"dense_us": dense_us, "sparse_us": sparse_us}

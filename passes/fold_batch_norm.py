@@ -72,9 +72,8 @@ def _why_not(norm: fx.Node) -> str:
     weights = [producer.args[1], arg(producer, "bias"), *norm.args[1:5]]
     if any(isinstance(w, fx.Node) and w.op != "get_attr" for w in weights):
         return "a weight, bias or statistic is computed at run time"
-    if (
-        norm.meta["val"].dim() != cast(fx.Node, producer.args[1]).meta["val"].dim()
-    ):  # features in the last dimension, or no batch
+    # features lie in the last dimension, or there is no batch
+    if norm.meta["val"].dim() != cast(fx.Node, producer.args[1]).meta["val"].dim():
         return f"its channels are not the rows of {operator_name(producer)}"
     return ""
 

@@ -22,7 +22,7 @@ from fxsparse import CaptureError, FxSparseError, InputError, MaskError, TargetE
 from fxsparse.backend import TARGETS
 from fxsparse.backend.inductor import failing_as
 from fxsparse.errors import near
-from fxsparse.ir.capture import _explain, capture
+from fxsparse.ir.capture import _explain, _users_line, capture
 from fxsparse.ir.graph import refresh
 from fxsparse.ir.inputs import Call
 from fxsparse.ir.quiet import tracing_quietly
@@ -146,16 +146,44 @@ def test_without_a_line_of_the_users_none_is_named() -> None:
     assert "got RuntimeError: no frames.\n  Rewrite the part that it cannot follow without" in str(error)
 
 
-def heard(name: str) -> list[str]:
-    """What the logger of this name lets through from now on."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger(name).addHandler(handler)
-    return messages
+def test_generated_code_is_not_the_user_s() -> None:
+    made: dict[str, Any] = {}
+    exec(compile("def forward():\n    raise ArithmeticError", "<eval_with_key>.7", "exec"), made)
+    with pytest.raises(ArithmeticError) as caught:
+        made["forward"]()
+    assert _users_line(caught.value).startswith(f"{__file__}:")
 
 
-def test_torch_says_nothing_before_our_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_torch_s_own_print_is_there_again_whoever_was_first() -> None:
+    import torch.export._trace
+
+    with contextlib.ExitStack() as outer:
+        outer.enter_context(tracing_quietly())
+        with tracing_quietly():
+            assert "print" in vars(torch.export._trace)
+        assert "print" in vars(torch.export._trace)
+    assert "print" not in vars(torch.export._trace)
+
+
+@pytest.fixture
+def heard() -> Iterator[Callable[[str], list[str]]]:
+    """What the logger of a name lets through from then on."""
+    with contextlib.ExitStack() as undo:
+
+        def hear(name: str) -> list[str]:
+            messages: list[str] = []
+            handler = logging.Handler()
+            handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+            logging.getLogger(name).addHandler(handler)
+            undo.callback(logging.getLogger(name).removeHandler, handler)
+            return messages
+
+        yield hear
+
+
+def test_torch_says_nothing_before_our_error(
+    capsys: pytest.CaptureFixture[str], heard: Callable[[str], list[str]]
+) -> None:
     shapes, symbols = (
         heard(f"torch.{name}") for name in ("_subclasses.fake_tensor", "fx.experimental.symbolic_shapes")
     )
@@ -170,7 +198,7 @@ def test_torch_says_nothing_before_our_error(capsys: pytest.CaptureFixture[str])
     assert shapes == ["something else"] * 2
 
 
-def test_no_word_of_a_gpu_while_compiling_and_of_nothing_else() -> None:
+def test_no_word_of_a_gpu_while_compiling_and_of_nothing_else(heard: Callable[[str], list[str]]) -> None:
     logger, messages = logging.getLogger("torch.utils.cpp_extension"), heard("torch.utils.cpp_extension")
     with failing_as("target"):
         logger.warning("No CUDA runtime is found, using CUDA_HOME='%s'", "/usr/local")

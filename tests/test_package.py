@@ -174,6 +174,8 @@ def test_another_target_can_run_it(tmp_path: Path) -> None:
     torch.testing.assert_close(fxsparse.load(tmp_path / "m", target="eager")(x), module(x))
     with pytest.raises(TargetError, match="expected one of"):
         fxsparse.load(tmp_path / "m", target="egaer")
+    with pytest.raises(TargetError, match="expected one of"):
+        fxsparse.load(tmp_path / "m", target=torch.device("cuda"))  # type: ignore[arg-type]
 
 
 def test_a_dense_build_that_won_is_lowered_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -553,8 +553,10 @@ def test_top_kast_warns_of_the_optimizer_s_own_weight_decay() -> None:
     model = network()
     opt = sgd(model, weight_decay=1e-4)
     expected = pytest.warns(UserWarning, match="weight decay also acts on weights of top_kast")
-    with top_kast(model, {"0.weight": 0.5}), expected:
+    with top_kast(model, 0.5), expected as told:
+        opt.step()
         step(model, opt, 0)
+    assert [warning.filename for warning in told] == [__file__]
     others = [p for p in model.parameters() if p is not model[0].weight]
     opt = torch.optim.SGD(
         [{"params": others}, {"params": [model[0].weight], "weight_decay": 0.0}], 0.1, weight_decay=1e-4

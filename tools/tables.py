@@ -69,8 +69,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     parts = []
     for here in _labeled(by_machine(rows)):
         blocks = [r for r in here if r["recipe"] in BLOCK_RECIPES]
-        channels = [r for r in here if r["recipe"] not in BLOCK_RECIPES]
-        for what, some, columns in (("channels", channels, _CHANNEL_COLUMNS), ("blocks", blocks, _BLOCK_COLUMNS)):
+        scattered = [r for r in here if r["recipe"] == "unstructured"]
+        channels = [r for r in here if r not in blocks and r not in scattered]
+        kinds = {"channels": (channels, _CHANNEL_COLUMNS), "blocks": (blocks, _BLOCK_COLUMNS)}
+        for what, (some, columns) in (kinds | {"scattered zeros": (scattered, {})}).items():
             parts += [f"### {label(here[0]['machine'])}: {what}", _table(some, columns)] if some else []
     return "\n\n".join(parts)
 

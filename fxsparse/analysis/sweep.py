@@ -86,10 +86,11 @@ def _run(node: fx.Node, facts: Facts) -> Any:
     is_tensor = isinstance(node.meta.get("val"), Tensor)
     try:
         value = cast(Callable[..., Any], node.target)(*args, **kwargs)
-    except Exception:  # of an operator that is the user's own, any
-        if is_tensor:
-            return None
-        raise
+    except Exception as error:
+        own = getattr(node.target, "namespace", "aten") == "aten" and not isinstance(error, RuntimeError)
+        if not is_tensor or own:  # an operator of the user's may raise what it likes
+            raise
+        return None
     return value if not is_tensor or list(value.shape) == concrete(node) else None
 
 

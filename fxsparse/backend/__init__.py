@@ -30,7 +30,7 @@ def find_target(name: str) -> Target:
     """The target called `name`. Raises TargetError when it is unknown or cannot run on this machine."""
     if name not in TARGETS:
         known = ", ".join(repr(n) for n in sorted(TARGETS))
-        do = _device(name) or near(name, TARGETS) or "Pass target='inductor', the default."
+        do = _device(str(name)) or near(str(name), TARGETS) or "Pass target='inductor', the default."
         raise TargetError(f"target {name!r}", expected=f"one of {known}", got="an unknown name", do=do)
     TARGETS[name].require()
     return TARGETS[name]

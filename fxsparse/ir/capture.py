@@ -7,6 +7,7 @@ user's own names, `meta["val"]` holds fake tensors and `nn_module_stack` the mod
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import os
 import traceback
@@ -25,6 +26,8 @@ from fxsparse.ir.masks import Masks
 from fxsparse.ir.quiet import tracing_quietly
 
 _NOT_THE_USERS = tuple(str(folder) + os.sep for folder in (Path(torch.__file__).parent, Path(__file__).parents[1]))
+# Functions made of text, by torch and by fx, and what wraps a user's function.
+_GENERATED = ("<string>", "<eval_with_key>", contextlib.__file__, functools.__file__)
 
 
 @tracing_quietly()
@@ -187,7 +190,7 @@ def _explain(model: nn.Module, call: Call, error: Exception, dynamic_batch: bool
 def _users_line(error: Exception) -> str:
     """`model.py:14 in forward`, the last line of neither torch's nor ours that led to the error; empty without one."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith((*_NOT_THE_USERS, "<string>")):  # torch makes functions of text
+        if not frame.filename.startswith((*_NOT_THE_USERS, *_GENERATED)):
             return f"{frame.filename}:{frame.lineno} in {frame.name}"
     return ""
 

@@ -29,6 +29,13 @@ def obstacle(path: Path) -> str:
     return "a folder" if path.is_dir() else "something that is no file" if path.exists() and not path.is_file() else ""
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether it begins as they do: the length of a header, little endian in 8 bytes, and a header of JSON."""
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size - 8
+
+
 def writable(path: object, like: str) -> Path:
     """`path`, if a file can be written there: found out before the minutes of work rather than after. Makes the folder.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -14,13 +15,16 @@ _FAILURES = {
 }
 _NO_GPU = {"torch.utils.cpp_extension": "No CUDA runtime is found, using CUDA_HOME="}  # when Inductor imports it
 # The result has its own copies without gradients, and the model gets its attributes back (`capture`).
+_TRACING = (
+    threading.RLock()
+)  # filters of warnings and torch's print are the process's: one thread at a time puts them back
 _ATTRIBUTES = ("The tensor attributes? self", r"A model attribute `.*` requires gradient")
 
 
 @contextlib.contextmanager
 def tracing_quietly() -> Iterator[None]:
     """For torch.export: its failures become our errors."""
-    with warnings.catch_warnings(), _without(_FAILURES), _without_graphs():
+    with _TRACING, warnings.catch_warnings(), _without(_FAILURES), _without_graphs():
         for text in _ATTRIBUTES:
             warnings.filterwarnings("ignore", text, UserWarning)
         yield
@@ -58,9 +62,12 @@ def _without_graphs() -> Iterator[None]:
     import torch.export._trace  # here: it takes seconds, and whoever only loads a package needs none of it
 
     names = vars(torch.export._trace)
-    before = names.get("print", print)
+    outer = names.get("print")
     names["print"] = lambda *_, **__: None
     try:
         yield
     finally:
-        names["print"] = before
+        if outer is None:
+            del names["print"]
+        else:
+            names["print"] = outer

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fxsparse.errors import PackageError
-from fxsparse.ir.files import as_path, replacing
+from fxsparse.ir.files import as_path, is_safetensors, replacing
 
 FORMAT, VERSION = "fxsparse package", "1"
 _AGAIN = "Save it again, or copy it again from where it is whole."
@@ -95,15 +95,9 @@ def _check_kind(where: str, path: Path) -> None:
     with path.open("rb") as file:
         first = file.read(4)
     for magic, kind in _KNOWN.items():
-        if first.startswith(magic) and not (len(magic) == 1 and _is_safetensors(path)):
+        if first.startswith(magic) and not (len(magic) == 1 and is_safetensors(path)):
             raise PackageError(where, expected="a file that SparseModule.save wrote", got=kind,
                                do="A .pt2 of save_aoti is loaded by torch._inductor.aoti_load_package.")  # fmt: skip
-
-
-def _is_safetensors(path: Path) -> bool:
-    """A header's length may well begin with the byte of a pickle."""
-    with path.open("rb") as file:
-        return file.read(9)[8:] == b"{"
 
 
 def _check_metadata(where: str, metadata: Mapping[str, str]) -> None:

@@ -87,7 +87,9 @@ def _encode_weights(gm: fx.GraphModule) -> tuple[Json, dict[str, Tensor]]:
         if node.op == "get_attr" and node.target not in weights:
             tensor = get_tensor(gm, node.target)
             if tensor.dtype == torch.complex128:  # unknown to safetensors
-                raise cannot_save(f"{node.target!r} of {tensor.dtype}", "complex64 can be saved. Or " + MODEL_AND_MASKS)
+                raise cannot_save(
+                    f"{node.target!r} of {tensor.dtype}", "complex64 can be saved. Otherwise: " + MODEL_AND_MASKS
+                )
             key = (tensor.data_ptr() or node.target, tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
             name, order = stored.setdefault(key, f"weight:{node.target}"), dimension_order(tensor)
             tensors[name] = tensor.permute(order)

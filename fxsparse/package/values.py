@@ -24,7 +24,7 @@ from fxsparse.errors import InputError, PackageError
 
 Json = Any
 _PLAIN = "Take and return tensors in tuples, lists and dicts with names or numbers as keys."
-MODEL_AND_MASKS = "save the model and its masks, and compile them where they are used."
+MODEL_AND_MASKS = "Save the model and its masks, and compile them where they are used."
 _TORCH = {
     str(v).removeprefix("torch."): v
     for v in vars(torch).values()

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fxsparse.errors import MaskError, first_line, near
-from fxsparse.ir.files import as_path
+from fxsparse.ir.files import as_path, is_safetensors
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")  # keys under which training scripts put the state dict
 _KEEP = "fxsparse.Masks(...).save(path) writes masks, torch.save(model.state_dict(), path) a checkpoint."
@@ -45,17 +45,10 @@ def load(path: str | os.PathLike[str]) -> Mapping[str, object]:
 
 def stored(path: Path) -> object:
     """What a file of safetensors, under whatever name, or of torch.save holds. What they raise passes through."""
-    if path.suffix == ".safetensors" or _is_safetensors(path):
+    if path.suffix == ".safetensors" or is_safetensors(path):
         return load_file(path)
     loaded: object = torch.load(path, "cpu", weights_only=True)
     return loaded
-
-
-def _is_safetensors(path: Path) -> bool:
-    """Whether it begins as they do: the length of a header, little endian in 8 bytes, and a header of JSON."""
-    with path.open("rb") as file:
-        start = file.read(9)
-    return start[8:] == b"{" and int.from_bytes(start[:8], "little") <= path.stat().st_size - 8
 
 
 def _folder(path: Path, where: str) -> dict[str, Tensor]:

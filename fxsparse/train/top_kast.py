@@ -10,6 +10,7 @@ the density, not the sparsity. It is added to the gradient that the optimizer ta
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -53,21 +54,32 @@ def top_kast(
     _check_names(model, density, exclude)
 
     def made() -> list[Weight]:
-        parameters = dict(model.named_parameters())
-        return [_TopKast(name, parameters[name], d, extra, decay, every) for name, d in densities.items()]
+        parameters, told = dict(model.named_parameters()), list[str]()
+        return [_TopKast(name, parameters[name], d, extra, decay, every, told) for name, d in densities.items()]
 
     return hooked(model, made)
 
 
 class _TopKast(DenseWeight):
-    """backward_mask: B."""
+    """One weight.
+
+    backward_mask  B
+    told           shared by all of a block: the weight that was warned of
+    """
 
     def __init__(
-        self, name: str, parameter: nn.Parameter, density: float, extra: float, decay: float, every: int
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        density: float,
+        extra: float,
+        decay: float,
+        every: int,
+        told: list[str],
     ) -> None:
         self.density, self.extra, self.decay, self.every = density, extra, decay, every
         self.backward_mask = _most(parameter.detach(), density + extra)
-        self.warned = False
+        self.told = told
         super().__init__(name, parameter, _most(parameter.detach(), density))
 
     def follow(self) -> None:
@@ -78,14 +90,14 @@ class _TopKast(DenseWeight):
         return gradient.masked_fill(~self.backward_mask.to(gradient.device), 0)
 
     def before_step(self, optimizer: Optimizer, scale: Tensor | float) -> bool:
-        if not self.warned and self._decayed_twice(optimizer):
+        if not self.told and self._decayed_twice(optimizer):
+            self.told.append(self.name)
             warnings.warn(
                 "the optimizer's weight decay also acts on weights of top_kast, whose own takes its place: give them a "
                 "parameter group with weight_decay=0.",
                 UserWarning,
-                stacklevel=2,
+                stacklevel=_outside(),
             )
-        self.warned = True
         return super().before_step(optimizer, scale)
 
     def _decayed_twice(self, optimizer: Optimizer) -> bool:
@@ -112,6 +124,14 @@ class _TopKast(DenseWeight):
     def load(self, state: Mapping[str, Tensor]) -> None:
         super().load(state)
         self.backward_mask = state["backward_mask"].to(self.parameter.device)
+
+
+def _outside() -> int:
+    """The `stacklevel`, for who calls this, of the line that has the optimizer make a step."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("fxsparse", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _most(weight: Tensor, density: float) -> Tensor:
