@@ -1,6 +1,6 @@
 """What each way of training with masks reaches on scikit-learn's handwritten digits, and what its masks gain compiled.
 
-    python -m tools.train --density 0.1 --seeds 3 --out tools/rows/train/NAME.jsonl
+    python -m tools.train --density 0.1 --seed 0 --seed 1 --out tools/rows/train/NAME.jsonl
     python -m tools.train --table                     # docs/training.md's table from the committed rows
 
 One row for each method and seed: a small residual network is trained for the same number of epochs by each, its masked
@@ -175,8 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m tools.train", description="Methods compared; see the module's text."
     )
     parser.add_argument("--density", type=float, default=0.1)
-    parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seed", type=int, action="append", help="may be given again (default: 0 and 1)")
     parser.add_argument("--out", type=Path, default=Path("build/train.jsonl"))
     parser.add_argument("--table", action="store_true", help="print the table of the committed rows")
     arguments = parser.parse_args(argv)
@@ -186,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
     had = {(row["method"], row["seed"]) for row in map(json.loads, lines)}
-    for seed in range(arguments.seeds):
+    for seed in arguments.seed or (0, 1):
         digits = load_digits(seed)
         for name in METHODS:
             if (name, seed) not in had:
