@@ -13,7 +13,7 @@ import pytest
 import fxsparse
 from fxsparse import cli
 from fxsparse.measure import Runs
-from tools import bench, layers, tables
+from tools import bench, layers, tables, train
 from tools.cases import HEADLINES, MATRIX
 
 ROOT = Path(__file__).parents[1]
@@ -131,6 +131,15 @@ def test_every_row_says_where_it_comes_from() -> None:
         rivals = 4 + onnx
         rivals += 2 * any("inductor_cpp" in name for name in row["builds_ms"])  # a rival since 2026-11-25
         assert len([name for name in row["builds_ms"] if name.startswith("dense")]) == rivals
+
+
+def test_the_table_of_training_methods_is_the_committed_rows() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    shown = text.split("<!-- train: begin -->")[1].split("<!-- train: end -->")[0].strip()
+    rows = tables.load_rows("train")
+    assert shown == train.table(rows).strip()
+    assert {row["method"] for row in rows} == set(train.METHODS)
+    assert all(row["commit"] and row["command"] for row in rows)
 
 
 @pytest.mark.parametrize("page", ["n_m", "readers", "training"])

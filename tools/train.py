@@ -142,13 +142,10 @@ def run_method(name: str, digits: Digits, density: float, epochs: int, seed: int
         stored = {r.stored for r in report.rows} - {"dense"}
         row |= {"dense_ms": report.dense_ms, "fxsparse_ms": report.sparse_ms, "speedup": report.speedup,
                 "chosen": report.chosen, "stored": sorted(stored)}  # fmt: skip
+    command = f"python -m tools.train --density {density} --epochs {epochs} --seed {seed}"
     machine = {"machine": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
     machine |= {"commit": commit()}
-    return (
-        row
-        | machine
-        | {"date": date.today().isoformat(), "command": " ".join(["python -m tools.train", *sys.argv[1:]])}
-    )
+    return row | machine | {"date": date.today().isoformat(), "command": command}
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -166,7 +163,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     head = ["method", "density", "accuracy %", "speedup", "stored as"]
     text: str = tabulate(lines, head, tablefmt="github", disable_numparse=True)
     run = f"{first['threads']} threads, batch {BATCH}; {first['epochs']} epochs, {len({r['seed'] for r in rows})} seeds"
-    return f"{text}\n\n*{first['machine']}; torch {first['torch']}; {run}; {first['date']}; {first['command']}*"
+    return f"{text}\n\n*{first['machine']}; torch {first['torch']}; {run}; {first['date']}; python -m tools.train*"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
