@@ -303,7 +303,7 @@ def test_a_format_that_cannot_be_timed_leaves_the_layer_dense() -> None:
 
     decisions = decided(Context(formats=("shuffled_block",), time_layer=lambda *_: 1.0, time_format=fails))
     assert [(d.accepted, d.why) for d in decisions] == [
-        (False, "it cannot run here: RuntimeError: no kernel image is available")
+        (False, "shuffled_block: it cannot run here: RuntimeError: no kernel image is available")
     ] * 2
 
 

@@ -213,7 +213,7 @@ def test_builds_of_other_rounds_have_a_star() -> None:
     report = a_report(timings=(*a_report().timings, early))
     for text in (str(report), Reader(page(report)).text):
         assert "eager, contiguous *" in text
-        assert "* not timed in the same rounds as ours: the machine may have been faster or slower then" in text
+        assert "* not timed in all rounds of ours: the machine may have been faster or slower then" in text
         assert "sparse: inductor *" not in text
     assert "* not timed" not in str(a_report()) + page(a_report())
 
