@@ -21,10 +21,10 @@ from fxsparse.report import (
     percent,
     reasons,
     shape_change,
-    short_names,
     stored_as,
 )
 from fxsparse.report_style import STYLE
+from fxsparse.report_text import short_names
 
 _PICTURES = 24
 _BARS = 40

@@ -26,7 +26,7 @@ ORDER = (
 MAY_USE = {room: {below for line in ORDER[:i] for below in line} for i, line in enumerate(ORDER) for room in line}
 MAY_USE["picture"] = set()
 MAY_USE["report"] = {"errors", "ir", "picture"}
-REPORT = {"report_html", "report_style"}  # files of the room "report"
+REPORT = {"report_html", "report_style", "report_text"}  # files of the room "report"
 ASIDE = {"coarsen", "prune", "train"}
 MAY_USE |= {room: {"errors", "ir", "rules", "formats"} | ASIDE for room in ASIDE}
 for room in ("fxsparse", "demo", "cli"):

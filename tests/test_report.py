@@ -27,16 +27,15 @@ from fxsparse.report import (
     Report,
     Row,
     Timing,
-    _in_brief,
     count,
     duration,
     percent,
     reasons,
     shape_change,
-    short_names,
     stored_as,
 )
 from fxsparse.report_html import page
+from fxsparse.report_text import _in_brief, short_names
 from tests.test_storage import Of
 
 BLUE, ORANGE = (37, 106, 210), (226, 106, 46)
