@@ -29,11 +29,10 @@ from fxsparse.demo import BATCH, Digits, accuracy, load_digits, trainer
 from fxsparse.ir.masks import Masks
 from fxsparse.machine import cpu_name
 from fxsparse.prune import erk, erk_densities, grasp, magnitude, prunable, snip, synflow
+from fxsparse.report import format_name
 from fxsparse.train import dsb, imp, masked, rigl, sr_ste, top_kast
 from models import resnet_small_cifar
-from tools.tables import commit, load_rows
-
-Train = Callable[[nn.Module, int, int], None]
+from tools.tables import commit, load_rows, rows_in
 
 
 class Run:
@@ -143,9 +142,10 @@ def run_method(name: str, digits: Digits, density: float, epochs: int, seed: int
         row |= {"dense_ms": report.dense_ms, "fxsparse_ms": report.sparse_ms, "speedup": report.speedup,
                 "chosen": report.chosen, "stored": sorted(stored)}  # fmt: skip
     command = f"python -m tools.train --density {density} --epochs {epochs} --seed {seed}"
-    machine = {"machine": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    machine |= {"commit": commit()}
-    return row | machine | {"date": date.today().isoformat(), "command": command}
+    return row | {
+        "machine": cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": commit(),
+        "date": date.today().isoformat(), "command": command,
+    }  # fmt: skip
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -155,7 +155,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         some = [row for row in rows if row["method"] == name]
         points = [100 * row["accuracy"] for row in some]
         gains = [row["speedup"] if row["chosen"] != "dense" else 1.0 for row in some if row.get("speedup")]
-        formats = sorted({f.replace("_", " ") for row in some for f in row.get("stored", ())})
+        formats = sorted({format_name(f) for row in some for f in row.get("stored", ())})
         lines.append([name, f"{statistics.mean(r['density'] for r in some):.3f}",
                       f"{statistics.mean(points):.1f} ({min(points):.1f}-{max(points):.1f})",
                       f"{statistics.mean(gains):.2f}" if gains else "", ", ".join(formats)])  # fmt: skip
@@ -181,8 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(table(load_rows("train")))
         return 0
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    lines = arguments.out.read_text().splitlines() if arguments.out.exists() else []
-    had = {(row["method"], row["seed"]) for row in map(json.loads, lines)}
+    had = {(row["method"], row["seed"]) for row in (rows_in(arguments.out) if arguments.out.exists() else [])}
     for seed in arguments.seed or (0, 1):
         digits = load_digits(seed)
         for name in METHODS:

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxsparse.errors import InputError
 from fxsparse.ir.masks import Masks
 from fxsparse.prune.magnitude import magnitude
 from fxsparse.prune.prunable import prunable
 from fxsparse.train.masked import masked
+from fxsparse.train.ranges import check_ranges
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,4 @@ def _check_numbers(epochs: int, rounds: int, rate: float, rewind_fraction: float
             "0.05 rewinds to epoch 8 of 160; 0 rewinds to the weights as they were given.",
         ),
     )
-    for name, value, fits, expected, do in checks:
-        if not fits:
-            raise InputError(f"{name} {value!r}", expected=expected, got=repr(value), do=do)
+    check_ranges(*((f"{name} {value!r}", value, fits, expected, do) for name, value, fits, expected, do in checks))

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from fxsparse.errors import InputError
 from fxsparse.prune.largest import largest
 from fxsparse.train.masked import Training, Weight, hooked, parameters_of
+from fxsparse.train.ranges import check_ranges
 
 
 def rigl(
@@ -53,9 +54,8 @@ def rigl(
     finite, MaskError when a mask does not fit the model.
     """
     schedule = Schedule(steps, every, alpha, until)
-    if grow not in ("gradient", "random"):
-        raise InputError(f"grow={grow!r}", expected="'gradient' or 'random'", got=repr(grow),
-                         do="'gradient' is RigL, 'random' is SET.")  # fmt: skip
+    known = grow in ("gradient", "random")
+    check_ranges((f"grow={grow!r}", grow, known, "'gradient' or 'random'", "'gradient' is RigL, 'random' is SET."))
     drawn = None if grow == "gradient" else seed
     return hooked(
         model, lambda: [DynamicMask(name, p, m, schedule, drawn) for name, p, m in parameters_of(model, masks)]
@@ -81,8 +81,7 @@ class Schedule:
             ("every", self.every < end, f"less than until * steps = {end:g}", "Or the masks would never change."),
         ):
             value = getattr(self, name)
-            if not fits:
-                raise InputError(f"{name}={value!r}", expected=expected, got=repr(value), do=do)
+            check_ranges((f"{name}={value!r}", value, fits, expected, do))
 
     def due(self, step: int) -> bool:
         """Whether masks change once so many steps have been made."""

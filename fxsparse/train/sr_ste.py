@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from fxsparse.coarsen.n_m import largest_of_every, n_m
-from fxsparse.errors import InputError
 from fxsparse.formats.n_m import check_pattern
 from fxsparse.prune.prunable import prunable
 from fxsparse.train.dense import DenseWeight
 from fxsparse.train.masked import Training, Weight, hooked
+from fxsparse.train.ranges import check_ranges
 
 
 def sr_ste(
@@ -35,9 +35,7 @@ def sr_ste(
     so it can be evaluated and saved; to go on from there takes `Training.state_dict`, where the others are. Raises
     InputError on another pattern, numbers outside their range, weights that are not finite, and without a layer.
     """
-    if not decay >= 0:
-        raise InputError(f"decay={decay!r}", expected="a number that is not negative", got=repr(decay),
-                         do="2e-4 is the paper's.")  # fmt: skip
+    check_ranges((f"decay={decay!r}", decay, decay >= 0, "a number that is not negative", "2e-4 is the paper's."))
     check_pattern(n, m)
 
     def made() -> list[Weight]:

@@ -24,6 +24,7 @@ from fxsparse.prune.largest import largest
 from fxsparse.prune.prunable import prunable
 from fxsparse.train.dense import DenseWeight
 from fxsparse.train.masked import Training, Weight, hooked
+from fxsparse.train.ranges import check_ranges
 
 
 def top_kast(
@@ -140,7 +141,7 @@ def _most(weight: Tensor, density: float) -> Tensor:
 
 
 def _check(densities: Mapping[str, float], extra: float, decay: float, every: int) -> None:
-    for where, value, fits, expected, do in (
+    check_ranges(
         *(
             (f"density of {name!r}", d, 0 < d <= 1, "a fraction, 0 < density <= 1", "80 % zeros is density 0.2.")
             for name, d in densities.items()
@@ -148,9 +149,7 @@ def _check(densities: Mapping[str, float], extra: float, decay: float, every: in
         ("extra", extra, 0 <= extra <= 1, "a fraction, 0 <= extra <= 1", "0 never lets another weight in."),
         ("decay", decay, decay >= 0, "a number that is not negative", "1e-4 is a usual weight decay."),
         ("every", every, every >= 1, "a positive whole number", "1 chooses anew after each step."),
-    ):
-        if not fits:
-            raise InputError(where, expected=expected, got=repr(value), do=do)
+    )
 
 
 def _check_names(model: nn.Module, density: object, exclude: Iterable[str]) -> None:
