@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 from tools.block_recipes import BLOCK_RECIPES
 from tools.cases import HEADLINES
 
@@ -85,20 +87,12 @@ def headlines(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _headlines(machines: Sequence[Sequence[Mapping[str, Any]]]) -> str:
-    from tabulate import tabulate
-
     lines = []
     for case in HEADLINES:
         cells = [next((_gain(r) for r in rows if case.items() <= r.items()), "") for rows in machines]
         if any(cells):
             lines.append([*(cell(case) for cell in _HEADLINE_COLUMNS.values()), *cells])
-    text: str = tabulate(
-        lines,
-        [*_HEADLINE_COLUMNS, *(label(rows[0]["machine"]) for rows in machines)],
-        tablefmt="github",
-        disable_numparse=True,
-    )
-    return text
+    return github(lines, [*_HEADLINE_COLUMNS, *(label(rows[0]["machine"]) for rows in machines)])
 
 
 def _gain(row: Mapping[str, Any]) -> str:
@@ -116,15 +110,18 @@ def _labeled(machines: Sequence[list[Mapping[str, Any]]]) -> list[list[Mapping[s
 
 
 def _table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Callable[[Mapping[str, Any]], str]]) -> str:
-    from tabulate import tabulate
-
     if not rows:
         return ""
     every = {**_COLUMNS, **columns}
     lines = [[cell(r) for cell in every.values()] for r in rows]
     machines = sorted({f"{r['machine']}; torch {r['versions']['torch']}; {r['dtype']}; {r['date']}" for r in rows})
-    text: str = tabulate(lines, list(every), tablefmt="github", disable_numparse=True)
-    return text + "\n\n" + "\n".join(f"*{m}*" for m in machines)
+    return github(lines, list(every)) + "\n\n" + "\n".join(f"*{m}*" for m in machines)
+
+
+def github(lines: Sequence[Sequence[str]], head: Sequence[str]) -> str:
+    """A table of Markdown, its cells as they are."""
+    text: str = tabulate(lines, head, tablefmt="github", disable_numparse=True)
+    return text
 
 
 _COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {

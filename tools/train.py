@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import Tensor, nn
 
 import fxsparse
@@ -32,7 +31,7 @@ from fxsparse.prune import erk, erk_densities, grasp, magnitude, prunable, snip,
 from fxsparse.report import format_name
 from fxsparse.train import dsb, imp, masked, rigl, sr_ste, top_kast
 from models import resnet_small_cifar
-from tools.tables import commit, load_rows, rows_in
+from tools.tables import commit, github, load_rows, rows_in
 
 
 class Run:
@@ -161,9 +160,9 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
                       f"{statistics.mean(gains):.2f}" if gains else "", ", ".join(formats)])  # fmt: skip
     first = rows[0]
     head = ["method", "density", "accuracy %", "speedup", "stored as"]
-    text: str = tabulate(lines, head, tablefmt="github", disable_numparse=True)
     run = f"{first['threads']} threads, batch {BATCH}; {first['epochs']} epochs, {len({r['seed'] for r in rows})} seeds"
-    return f"{text}\n\n*{first['machine']}; torch {first['torch']}; {run}; {first['date']}; python -m tools.train*"
+    source = f"{first['machine']}; torch {first['torch']}; {run}; {first['date']}; python -m tools.train"
+    return f"{github(lines, head)}\n\n*{source}*"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
