@@ -24,7 +24,7 @@ from fxsparse.backend import inductor
 from fxsparse.backend.any_size import Assumptions
 from fxsparse.errors import TargetError
 from fxsparse.formats import FORMATS
-from fxsparse.formats.gpu import for_gpu, turns
+from fxsparse.formats.gpu import for_gpu, together, turns
 from fxsparse.formats.shuffled_block_few import few, has_few
 from fxsparse.formats.shuffled_block_gpu import transposed
 from fxsparse.formats.turned import turned
@@ -33,7 +33,7 @@ from fxsparse.ir.graph import aten, call_nodes, clone, flat, get_tensor, set_ten
 from fxsparse.ir.inputs import CUDNN_BATCH, Call, exported
 from fxsparse.ir.masks import Masks
 from fxsparse.package import aoti
-from fxsparse.passes import Context, choose_again, choose_formats
+from fxsparse.passes import Context, choose_again, choose_formats, turning
 from fxsparse.verify import reference
 from tests.test_shuffled_block import allowed
 from tests.test_storage import Of, integers
@@ -250,6 +250,41 @@ def test_layers_pay_for_no_less_than_is_turned(seed: int, monkeypatch: pytest.Mo
         torch.testing.assert_close(gm(x)[0], model(x), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_layers_are_weighed_with_all_that_their_turns_depend_on(seed: int) -> None:
+    """So what is best for each of these sets is best for the model."""
+    r = random.Random(seed)
+    gm = capture(mixed(seed), (integers(30, 64),), Masks(), dynamic_batch=True)
+    layers = [n for n in gm.graph.nodes if n.target is aten.linear.default]
+    chains = together(gm, layers)
+    assert sorted(itertools.chain(*chains)) == sorted(layers)
+    for _ in range(4):
+        kept = [n for n in layers if r.random() < 0.6]
+        apart = [turns(gm, [n for n in chain if n in kept]) for chain in chains]
+        assert turns(gm, kept) == dict(itertools.chain(*(found.items() for found in apart)))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_what_layers_stay_packed_is_no_worse_than_all_or_none_of_them(seed: int) -> None:
+    r = random.Random(seed)
+    gm = capture(mixed(seed), (integers(30, 64),), Masks(), dynamic_batch=True)
+    layers = [n for n in gm.graph.nodes if n.target is aten.linear.default]
+    alone = {n: turning.Alone(r.uniform(1, 4), r.uniform(1, 4), 0.9) for n in layers}
+    weighed = turning.weigh(gm, alone, Context(time_turn=lambda node, first: 0.5))
+
+    def cost(kept: list[Any]) -> float:
+        turned_s = sum(0.5 * t.x + 0.5 * t.y for t in turns(gm, kept).values())
+        return turned_s + sum(alone[n].packed if n in kept else 0.9 * alone[n].dense for n in layers)
+
+    kept = [n for n in layers if weighed[n].stays]
+    assert cost(kept) <= min(cost([]), cost(layers)) + 1e-9
+    for n in layers:
+        assert cost(kept) <= cost([m for m in kept if m is not n]) + 1e-9
+        if weighed[n].stays:
+            change = cost([m for m in kept if m is not n]) - cost(kept) + 0.1 * alone[n].dense
+            assert change == pytest.approx(weighed[n].dense - weighed[n].packed)
+
+
 @pytest.mark.parametrize("target", ["eager", "inductor"])
 def test_a_package_that_comes_back_on_a_gpu_has_shapes(
     tmp_path: Any, target: str, monkeypatch: pytest.MonkeyPatch
@@ -314,8 +349,16 @@ def test_on_a_gpu_nothing_is_chosen_untimed_but_by_targets_that_time_models(stan
     assert all(standard or d.why == "on a GPU only a timing can tell" for d in decisions)
 
 
-@pytest.mark.parametrize(("second_s", "stored"), [(1.0, [True, True, False]), (1.5, [False, False, False])])
-def test_a_layer_pays_for_what_is_turned_around_it(second_s: float, stored: list[bool]) -> None:
+@pytest.mark.parametrize(
+    ("second_s", "gelu_s", "stored"),
+    [
+        (1.4, 0.0, [True, True, False]),  # 3.4 s together, dense 2 * 2 * 0.87; alone the second would not pay
+        (1.5, 0.0, [False, False, False]),
+        (1.5, 0.2, [True, True, False]),  # which the first does on the way
+        (1.7, 0.2, [False, False, False]),
+    ],
+)
+def test_a_layer_pays_for_what_is_turned_around_it(second_s: float, gelu_s: float, stored: list[bool]) -> None:
     """Turning takes half a second, a dense layer two. Between the first two is nothing to turn, unless one is dense."""
 
     def forward(layers: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -329,7 +372,8 @@ def test_a_layer_pays_for_what_is_turned_around_it(second_s: float, stored: list
     def time_format(node: Any, packed: Any, summed: bool = False, scattered: bool = False) -> float:
         return second_s if ".b." in node.args[1].target else 1.0
 
-    ctx = Context(lambda *_: 2.0, time_format, ("shuffled_block",), time_turn=lambda *_: 0.5)
+    timers: dict[str, Any] = {"time_turn": lambda *_: 0.5, "time_activation": lambda node: gelu_s}
+    ctx = Context(lambda *_: 2.0, time_format, ("shuffled_block",), **timers)
     for step in (choose_formats, choose_again):
         for decision in [d for d in step.plan(gm, ctx) if d.accepted]:
             step.apply(gm, decision)

@@ -23,6 +23,7 @@ from fxsparse.formats.shuffled_block_few import has_few
 from fxsparse.formats.shuffled_block_op import shuffled_block
 from fxsparse.formats.turned import turned
 from fxsparse.ir.graph import arg, aten, call_nodes, erase_unused, flat, on_gpu
+from fxsparse.ir.union_find import UnionFind
 
 
 class Turns(NamedTuple):
@@ -94,9 +95,23 @@ def turns(gm: fx.GraphModule, layers: Collection[fx.Node]) -> dict[fx.Node, Turn
     return {layer: of(layer) for layer in layers}
 
 
+def together(gm: fx.GraphModule, layers: Collection[fx.Node]) -> list[list[fx.Node]]:
+    """The same layers, put together where one's turns depend on whether another is packed. In the order given."""
+    between, same = _between(gm, layers, layers), UnionFind[fx.Node]()
+    for layer in layers:
+        same.unite(cast(fx.Node, layer.args[0]), layer)  # who reads the same shares a turn
+    for node in between:
+        for other in node.all_input_nodes:
+            same.unite(node, other)
+    found: dict[fx.Node, list[fx.Node]] = {}
+    for layer in layers:
+        found.setdefault(same.root(layer), []).append(layer)
+    return list(found.values())
+
+
 def _between(gm: fx.GraphModule, results: Collection[fx.Node], inputs: Collection[fx.Node]) -> set[fx.Node]:
     """Elementwise operators that read nothing but `results` and one another, and are read by nothing but `inputs`."""
-    left = {n for n in gm.graph.nodes if n.op == "call_function" and _elementwise(n.target)}
+    left = {n for n in gm.graph.nodes if is_elementwise(n)}
 
     def stays(node: fx.Node) -> bool:
         from_layers = [a for a in node.all_input_nodes if a in left or a in results]
@@ -108,5 +123,6 @@ def _between(gm: fx.GraphModule, results: Collection[fx.Node], inputs: Collectio
     return left
 
 
-def _elementwise(target: object) -> bool:
-    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+def is_elementwise(node: fx.Node) -> bool:
+    """Whether Inductor may make it one with what it reads or is read by."""
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
