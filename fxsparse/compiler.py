@@ -294,7 +294,6 @@ def _context(leaves: list[Any], times: LayerTimes, options: Options) -> Context:
         time_layer=times if timed else None,
         time_format=times.of_format if timed else None,
         time_turn=times.of_turn if timed else None,
-        time_activation=times.of_activation if timed else None,
         batch=times.batch,
         standard_operators=options.target.standard_operators,
         formats=(options.formats,) if forced else names,

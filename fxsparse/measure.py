@@ -188,16 +188,6 @@ class LayerTimes:
 
         return self._look_up(_Case.on(val.device, key, make))
 
-    def of_activation(self, node: fx.Node) -> float:
-        """Seconds for an elementwise operator of one input alone, on a GPU, at the batch given."""
-        val, size = node.meta["val"], math.prod(concrete(node, self.batch))
-        key = ("activation", str(node.target), str(node.args[1:]), str(node.kwargs), size, *_kind(val))
-
-        def make() -> Build:
-            return functools.partial(cast(Any, node.target), _filled([size], val), *node.args[1:], **node.kwargs)
-
-        return self._look_up(_Case.on(val.device, key, make))
-
     def _look_up(self, case: _Case) -> float:
         key = str(case.key)
         if key not in self.seconds:

@@ -77,7 +77,7 @@ def _turned(gm: fx.GraphModule, layers: list[fx.Node], ctx: Context, timers: Tim
         for node, weight in weights.items()
     }
     weighed = turning.weigh(gm, alone, ctx)
-    return [_of_turns(n, packed[n], w) for n, w in weighed.items() if w.turning or w.without]
+    return [_of_turns(n, packed[n], w) for n, w in weighed.items() if max(w.turning, w.without) >= 1e-9]
 
 
 def _weight(gm: fx.GraphModule, node: fx.Node) -> Tensor:
@@ -87,8 +87,8 @@ def _weight(gm: fx.GraphModule, node: fx.Node) -> Tensor:
 def _of_turns(node: fx.Node, packed: Packed, found: turning.Weighed) -> Decision:
     now = node.meta[FORMAT]
     reason = f"{found.turning * 1e6:.0f} us are for turning"
-    if found.without:
-        reason += f", {found.without * 1e6:.0f} us without it for its activation or more turning"
+    if found.without >= 1e-9:
+        reason += f", {found.without * 1e6:.0f} us without it for more turning"
     return _decision(
         node, reason, {now: packed}, {now: found.packed, "dense": found.dense}, now if found.stays else "dense"
     )

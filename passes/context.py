@@ -18,10 +18,6 @@ LayerTimer = Callable[[fx.Node, int, int], float]
 TurnTimer = Callable[[fx.Node, bool], float]
 
 
-# seconds for an elementwise operator of one input, by itself on a GPU
-ActivationTimer = Callable[[fx.Node], float]
-
-
 class FormatTimer(Protocol):
     """Seconds for one such node with a packed weight.
 
@@ -44,7 +40,6 @@ class Context:
     standard_operators  formats will be expanded: their work is counted so, and their groups are put in that order
     batch        samples of the example, which layers are timed with
     time_turn    measures what such a layer's neighbors cost it, on a GPU; None: nothing
-    time_activation  measures what a dense layer there leaves to a kernel of its own; None: nothing
     facts, layout   what the last analysis found; the report reads them
     """
 
@@ -55,6 +50,5 @@ class Context:
     standard_operators: bool = False
     batch: int = 1
     time_turn: TurnTimer | None = None
-    time_activation: ActivationTimer | None = None
     facts: Facts | None = None
     layout: Layout | None = None

@@ -74,7 +74,7 @@ def _chain(layer: fx.Node, taken: set[fx.Node]) -> _Chain:
     if user is not None and arg(layer, "residual") is None and is_sum(user, node):
         chain.nodes.append(user)
         chain.sum, user = user, _only_user(user, taken)
-    if user is not None and (activation := activation_of(user)):
+    if user is not None and (activation := _activation(user)):
         chain.nodes.append(user)
         chain.activation = activation
     return chain
@@ -107,8 +107,7 @@ def _residual(chain: _Chain) -> fx.Node:
     return next(n for n in chain.sum.all_input_nodes if n not in chain.nodes and n is not chain.layer)
 
 
-def activation_of(node: fx.Node) -> str:
-    """The name of the activation that `node` is and a packed layer can do; "" where it is none."""
+def _activation(node: fx.Node) -> str:
     if node.target is aten.hardtanh.default:
         return "relu6" if (arg(node, "min_val"), arg(node, "max_val")) == (0, 6) else ""
     if node.target is aten.gelu.default and arg(node, "approximate") != "none":

@@ -1,8 +1,7 @@
 """Which linear layers stay in shuffled blocks on a GPU, where they read and write features first.
 
 What else makes their x, or reads their y, has features last, so a layer pays for its turns. Between two such layers
-nothing is turned: one that becomes dense lets the other turn. So those that hang together are weighed together. An
-activation after a packed layer costs nothing; after a dense one it is a kernel, unless the next operator takes it in.
+nothing is turned: one that becomes dense lets the other turn. So those that hang together are weighed together.
 """
 
 from __future__ import annotations
@@ -12,16 +11,15 @@ from typing import NamedTuple, cast
 
 from torch import fx
 
-from fxsparse.formats.gpu import is_elementwise, together, turns
+from fxsparse.formats.gpu import together, turns
 from fxsparse.passes.context import Context
-from fxsparse.passes.fuse_epilogues import activation_of
 
 
 class Weighed(NamedTuple):
     """Seconds with one layer packed and with it dense, given what becomes of the others.
 
     turning  of the first, for turning its x and y
-    without  of the second, for its activation and for what others turn then
+    without  of the second, for what others turn then
     """
 
     stays: bool
@@ -54,7 +52,6 @@ class _Chain:
         self, gm: fx.GraphModule, layers: Sequence[fx.Node], alone: dict[fx.Node, Alone], ctx: Context
     ) -> None:
         self.gm, self.layers, self.alone, self.ctx = gm, tuple(layers), alone, ctx
-        self.after = {layer: _activation_s(layer, ctx) for layer in layers}
 
     def weighed(self) -> Iterator[tuple[fx.Node, Weighed]]:
         kept = self._best()
@@ -62,7 +59,7 @@ class _Chain:
             others = tuple(n for n in kept if n is not layer)
             turned, without = self._turning_s((*others, layer)), sum(self._turning_s(others).values())
             own = turned[layer]
-            more = without - (sum(turned.values()) - own) + self.after[layer]
+            more = without - (sum(turned.values()) - own)
             packed, dense, _ = self.alone[layer]
             yield layer, Weighed(layer in kept, packed + own, dense + more, own, more)
 
@@ -77,7 +74,7 @@ class _Chain:
         return kept
 
     def _cost_s(self, kept: Layers) -> float:
-        dense = [(self.alone[n].dense + self.after[n]) * self.alone[n].margin for n in self.layers if n not in kept]
+        dense = [self.alone[n].dense * self.alone[n].margin for n in self.layers if n not in kept]
         return sum(self.alone[n].packed for n in kept) + sum(self._turning_s(kept).values()) + sum(dense)
 
     def _turning_s(self, kept: Layers) -> dict[fx.Node, float]:
@@ -87,11 +84,3 @@ class _Chain:
             x = needed.x * time_turn(cast(fx.Node, layer.args[0]), True) if needed.x else 0.0
             found[layer] = x + (time_turn(layer, False) if needed.y else 0.0)
         return found
-
-
-def _activation_s(layer: fx.Node, ctx: Context) -> float:
-    """Of the activation that only a packed layer does on the way."""
-    user = next(iter(layer.users)) if len(layer.users) == 1 else None
-    if ctx.time_activation is None or user is None or not activation_of(user) or any(map(is_elementwise, user.users)):
-        return 0.0
-    return ctx.time_activation(user)

@@ -111,7 +111,7 @@ def together(gm: fx.GraphModule, layers: Collection[fx.Node]) -> list[list[fx.No
 
 def _between(gm: fx.GraphModule, results: Collection[fx.Node], inputs: Collection[fx.Node]) -> set[fx.Node]:
     """Elementwise operators that read nothing but `results` and one another, and are read by nothing but `inputs`."""
-    left = {n for n in gm.graph.nodes if is_elementwise(n)}
+    left = {n for n in gm.graph.nodes if n.op == "call_function" and _elementwise(n.target)}
 
     def stays(node: fx.Node) -> bool:
         from_layers = [a for a in node.all_input_nodes if a in left or a in results]
@@ -123,6 +123,5 @@ def _between(gm: fx.GraphModule, results: Collection[fx.Node], inputs: Collectio
     return left
 
 
-def is_elementwise(node: fx.Node) -> bool:
-    """Whether Inductor may make it one with what it reads or is read by."""
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
+def _elementwise(target: object) -> bool:
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
