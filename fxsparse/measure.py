@@ -166,7 +166,7 @@ class LayerTimes:
 
     def __call__(self, node: fx.Node, rows: int, columns: int) -> float:
         """Seconds for `node` with a weight of `rows` x `columns` (x taps), at the batch given."""
-        return self._look_up(_Case.of(node, rows, columns, self.batch))
+        return self._look_up(_Case.of(node, rows, columns, self.batch).as_read(node))
 
     def of_format(self, node: fx.Node, packed: object, summed: bool = False, scattered: bool = False) -> float:
         """Seconds for `node` with its weight packed, at the batch given.
@@ -174,7 +174,7 @@ class LayerTimes:
         summed     with the sum that follows it, where the format's operator does that too
         scattered  with its rows where they are; else, on a CPU, as if they were in order
         """
-        return self._look_up(_packed_case(packed, node, self.batch, summed, scattered))
+        return self._look_up(_packed_case(packed, node, self.batch, summed, scattered).as_read(node))
 
     def of_turn(self, node: fx.Node, features_first: bool) -> float:
         """Seconds to put the features of `node` [..., I] first, or last again, on a GPU, at the batch given."""
@@ -220,7 +220,7 @@ class _Case:
     key: tuple[Any, ...]
     make: Callable[[], Build]
     repeats: int = 1  # that one call stands for
-    from_memory: bool = False  # whether the weights are no longer in the caches when a run begins
+    from_memory: bool = False  # whether caches hold something else when a run begins
 
     @classmethod
     def of_product(cls, key: tuple[Any, ...], make: Callable[[], Build], shape: Sequence[int]) -> _Case:
@@ -260,6 +260,13 @@ class _Case:
             return CudaGraph(lambda: _in_turns(multiply, weights, repeats), (), device)
 
         return cls((*key, "from memory"), in_turns, repeats)
+
+    def as_read(self, node: fx.Node) -> _Case:
+        """What reads an input of the model finds the caches full of what the call before left there, on a CPU."""
+        x = cast(fx.Node, node.args[0])
+        if x.op != "placeholder" or x.meta["val"].is_cuda or self.from_memory:
+            return self
+        return dataclasses.replace(self, key=(*self.key, "from memory"), from_memory=True)
 
     def measure_s(self) -> float:
         """The fastest of some runs: one layer is short, and what disturbs it only ever adds."""

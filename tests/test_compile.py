@@ -25,6 +25,7 @@ from torch.nn.utils import parametrizations, prune
 import fxsparse
 from fxsparse import InputError, Masks, SparseModule, TargetError, VerificationError
 from fxsparse.backend import TARGETS
+from fxsparse.formats import FORMATS
 from fxsparse.measure import QUALIFYING_ROUNDS, LayerTimes, Runs
 from fxsparse.passes import fold_batch_norm
 from fxsparse.verify import widen
@@ -890,6 +891,23 @@ def test_a_layer_time_is_measured_and_remembered() -> None:
     assert len(times.seconds) == 1
     times(layer, 7, 2)
     assert len(times.seconds) == 2
+
+
+def test_what_reads_an_input_is_timed_with_other_things_in_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    cold: dict[str, bool] = {}
+    monkeypatch.setattr(
+        "fxsparse.measure._Case.measure_s", lambda case: cold.setdefault(str(case.key), case.from_memory)
+    )
+    gm = build(
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), None, torch.ones(1, 3, 8, 8)
+    ).graph_module
+    layers = [n for n in gm.graph.nodes if n.target is torch.ops.aten.conv2d.default]
+    times = LayerTimes(None, batch=1)
+    for node, columns in zip(layers, (3, 8), strict=True):
+        times(node, 8, columns)
+        times.of_format(node, FORMATS["shuffled_block"].pack(torch.ones(8, columns, 3, 3)))
+    assert list(cold.values()) == [True, True, False, False]
+    assert ["from memory" in key for key in cold] == [True, True, False, False]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", '{"k": "fast"}', '{"k": null}', "\x00\xff"])
