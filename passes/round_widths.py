@@ -40,7 +40,7 @@ def round_widths(gm: fx.GraphModule, facts: Facts, layout: Layout, ctx: Context)
         extra[(~layout.kept[node][dim]).nonzero().flatten()[: rounded - kept]] = True
         wider = layout.clone()
         wider.grow(node, dim, extra, f"rounded up to {rounded}: measured faster")
-        close(gm, facts, wider)
+        close(gm, facts, wider, grown=[node])
         if _faster(gm, wider, layout, ctx):
             layout = wider
     return layout

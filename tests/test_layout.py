@@ -1,13 +1,15 @@
 """Widths are rounded space by space, so the order of the spaces decides what is timed: it must not be an accident."""
 
 import random
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
+import torchvision
 from torch import fx, nn
 
-from fxsparse.analysis.closure import smallest_layout
+from fxsparse.analysis.closure import close, smallest_layout
 from fxsparse.analysis.sweep import analyze
 from fxsparse.ir.capture import capture
 from fxsparse.ir.masks import Masks
@@ -55,6 +57,47 @@ def test_the_widths_that_are_timed_depend_on_nothing_but_the_times(seed: int) ->
     first = asked()
     assert len({q[1:] for q in first}) > len(WIDTHS)
     assert asked() == first
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mobilenet_v3_small": torchvision.models.mobilenet_v3_small,
+    "shufflenet_v2": torchvision.models.shufflenet_v2_x0_5,
+    "densenet": lambda: torchvision.models.DenseNet(8, (2, 3), 16),
+    "vit": lambda: torchvision.models.VisionTransformer(64, 16, 2, 4, 48, 96),
+}
+
+
+def sparse(name: str) -> nn.Module:
+    """Rows of each weight are zero, or all; batch norms leave zeros as they are."""
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    with torch.no_grad():
+        for i, p in enumerate(p for p in model.parameters() if p.dim() > 1):
+            p[torch.rand(len(p)) < (0.3 if i % 9 else 1)] = 0
+        for norm in model.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.bias.zero_()
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_closed_layout_that_grows_is_closed_by_looking_around_what_grew(name: str) -> None:
+    gm = capture(sparse(name), (torch.randn(1, 3, 64, 64),), Masks(), dynamic_batch=True)
+    run(gm, [step for step in PIPELINE if step is not shrink_channels], Context())
+    facts = analyze(gm)
+    closed = smallest_layout(gm, facts)
+    ends = [(n, d) for n, kept in closed.kept.items() for d, bits in enumerate(kept) if not bits.all()]
+    before = {n: [bits.clone() for bits in kept] for n, kept in closed.kept.items()}
+    for node, dim in random.Random(0).sample(ends, 20):
+        near, far = closed.clone(), closed.clone()
+        for layout in (near, far):
+            layout.grow(node, dim, torch.arange(len(closed.kept[node][dim])) % 3 == 0, "grown")
+        close(gm, facts, near, grown=[node])
+        close(gm, facts, far)
+        assert near.tied == far.tied
+        for n in far.kept:
+            assert all(map(torch.equal, near.kept[n], far.kept[n])), n
+            assert all(map(torch.equal, before[n], closed.kept[n])), n
 
 
 class Block(nn.Module):

@@ -5,6 +5,7 @@ Rules only ever add indices, so repeating them until nothing grows ends, and its
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import cast
 
 import torch
@@ -13,7 +14,7 @@ from torch import fx
 from fxsparse.analysis.sweep import RuleOf
 from fxsparse.ir.facts import Facts
 from fxsparse.ir.graph import aten
-from fxsparse.ir.layout import Layout
+from fxsparse.ir.layout import Layout, around
 from fxsparse.ir.symbols import symbolic_dims
 from fxsparse.rules import rule_of
 from fxsparse.rules.movement import Movement
@@ -30,33 +31,38 @@ def smallest_layout(gm: fx.GraphModule, facts: Facts, *, rule_of: RuleOf = rule_
     return layout
 
 
-def close(gm: fx.GraphModule, facts: Facts, layout: Layout, *, rule_of: RuleOf = rule_of) -> None:
-    """Grow `layout` until every operator can be cut to it and nothing that is read is empty."""
-    while True:
-        _fixpoint(gm, facts, layout, rule_of)
-        layout.changed = False
-        _keep_one(gm, layout)
-        if not layout.changed:
-            for node in gm.graph.nodes:
-                rule = rule_of(node)
-                if isinstance(rule, Movement) and node in layout.kept and _moves(node, facts):
-                    rule.settle(node, facts, layout)
-        if not layout.changed:
-            return
+def close(
+    gm: fx.GraphModule,
+    facts: Facts,
+    layout: Layout,
+    *,
+    grown: Iterable[fx.Node] | None = None,
+    rule_of: RuleOf = rule_of,
+) -> None:
+    """Grow `layout` until every operator can be cut to it and nothing that is read is empty.
 
-
-def _fixpoint(gm: fx.GraphModule, facts: Facts, layout: Layout, rule_of: RuleOf) -> None:
+    grown  the nodes that have grown since it was last closed; None: it never was
+    """
     nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
-    layout.changed = True
-    while layout.changed:
-        layout.changed = False
-        for node in [*reversed(nodes), *nodes]:
-            if node in layout.kept and _moves(node, facts):
-                rule_of(node).couple(node, facts, layout)
-            elif node not in layout.kept:
-                for n in node.all_input_nodes:
-                    if n in layout.kept and not isinstance(facts.value[node], (int, float, bool)):
-                        layout.pin(n, f"{node.name} has several results: everything it reads stays")
+    waiting, unsettled = set(nodes) if grown is None else around(grown), set[fx.Node]()
+    while waiting:
+        unsettled |= layout.spread(nodes, waiting, lambda node: _couple(node, facts, layout, rule_of))
+        layout.grown.clear()
+        _keep_one(gm, layout)
+        if not layout.grown:
+            for node in (n for n in nodes if n in unsettled and n in layout.kept and _moves(n, facts)):
+                if isinstance(rule := rule_of(node), Movement):
+                    rule.settle(node, facts, layout)
+            unsettled.clear()
+        waiting = around(layout.grown)
+
+
+def _couple(node: fx.Node, facts: Facts, layout: Layout, rule_of: RuleOf) -> None:
+    if node in layout.kept and _moves(node, facts):
+        rule_of(node).couple(node, facts, layout)
+    elif node not in layout.kept and not isinstance(facts.value[node], (int, float, bool)):
+        for n in (n for n in node.all_input_nodes if n in layout.kept):
+            layout.pin(n, f"{node.name} has several results: everything it reads stays")
 
 
 def _moves(node: fx.Node, facts: Facts) -> bool:

@@ -57,19 +57,8 @@ def _alike(weight: fx.Node, weights: list[fx.Node], nodes: list[fx.Node], facts:
     layout = Layout({n: tuple(bits.shape) for n, bits in facts.unknown.items()})
     rows = torch.arange(facts.unknown[weight].shape[0], device="cpu") < 2
     layout.grow(weight, 0, rows)
-    done: dict[fx.Node, list[int]] = {}
-    while layout.changed:
-        layout.changed = False
-        for node in [*nodes, *reversed(nodes)]:
-            if done.get(node) != (now := _kept(node, layout)):
-                rule_of(node).couple(node, facts, layout)
-                done[node] = now
+    layout.spread(nodes, nodes, lambda node: rule_of(node).couple(node, facts, layout))
     return [w for w in weights if torch.equal(layout.kept[w][0], rows)]
-
-
-def _kept(node: fx.Node, layout: Layout) -> list[int]:
-    """How many indices are kept around the node. A layout only grows, so equal numbers say that nothing has changed."""
-    return [int(kept.sum()) for n in (node, *node.all_input_nodes) for kept in layout.kept.get(n, ())]
 
 
 def _bypass(gm: fx.GraphModule) -> None:

@@ -6,7 +6,7 @@ the smallest layout that satisfies all of them is the one to cut to.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
@@ -19,11 +19,17 @@ Space = list[tuple[fx.Node, int]]  # dimensions with one numbering
 NEEDED = 0  # the cause of an index that some output really depends on
 
 
+def around(grown: Iterable[fx.Node]) -> set[fx.Node]:
+    """The operators whose rules look at any of these: a rule looks at its node and at what that reads."""
+    return {n for node in grown for n in (node, *node.users) if n.op == "call_function"}
+
+
 class Layout:
     """Kept indices per (node, dimension), and why each one is kept.
 
     kept    bool [size] per dimension, True = kept
     cause   int64 [size] per dimension, position in `causes` of what first asked for the index
+    grown   the nodes that kept more since somebody last emptied it; a set that keeps its order
     """
 
     def __init__(self, shapes: Mapping[fx.Node, Iterable[int]]) -> None:
@@ -31,14 +37,14 @@ class Layout:
         self.cause = {n: [_empty(len(k), torch.int64) for k in kept] for n, kept in self.kept.items()}
         self.causes = ["needed"]
         self.tied: dict[tuple[tuple[fx.Node, int], tuple[fx.Node, int]], None] = {}  # a set that keeps its order
-        self.changed = False
+        self.grown: dict[fx.Node, None] = {}
 
     def clone(self) -> Layout:
         """One that grows by itself."""
         own = Layout({})
-        own.kept = {n: [k.clone() for k in kept] for n, kept in self.kept.items()}
-        own.cause = {n: [c.clone() for c in cause] for n, cause in self.cause.items()}
-        own.causes, own.tied, own.changed = list(self.causes), dict(self.tied), self.changed
+        own.kept = {n: list(kept) for n, kept in self.kept.items()}
+        own.cause = {n: list(cause) for n, cause in self.cause.items()}
+        own.causes, own.tied, own.grown = list(self.causes), dict(self.tied), dict(self.grown)
         return own
 
     def shape(self, node: fx.Node) -> tuple[int, ...]:
@@ -64,9 +70,10 @@ class Layout:
             return
         if isinstance(cause, str):
             cause = self._number(cause)
-        self.kept[node][dim] |= new
-        self.cause[node][dim][new] = cause[new] if isinstance(cause, Tensor) else cause
-        self.changed = True
+        # tensors of their own: clones share them
+        self.kept[node][dim] = self.kept[node][dim] | new
+        self.cause[node][dim] = torch.where(new, torch.as_tensor(cause, device="cpu"), self.cause[node][dim])
+        self.grown[node] = None
 
     def pin(self, node: fx.Node, cause: str, dims: Iterable[int] | None = None) -> None:
         """Keep everything along `dims` (all dimensions by default)."""
@@ -80,6 +87,25 @@ class Layout:
         for source, i, target, j in ((a, dim_a, b, dim_b), (b, dim_b, a, dim_a)):
             if bool((self.kept[source][i] & ~self.kept[target][j]).any()):
                 self.grow(target, j, self.kept[source][i], self._inherit(source, i, cause))
+
+    def spread(
+        self, nodes: Sequence[fx.Node], waiting: Iterable[fx.Node], couple: Callable[[fx.Node], None]
+    ) -> set[fx.Node]:
+        """Call `couple` for all of `nodes` that are waiting, and for those around which something grew, until none is.
+
+        Sweeps go backwards and forwards. Returns what it was called for.
+        """
+        order, called, every = [*reversed(nodes), *nodes], set[fx.Node](), set(nodes)
+        waiting = every.intersection(waiting)
+        while waiting:
+            for node in order:
+                if node in waiting:
+                    waiting.discard(node)
+                    self.grown.clear()
+                    couple(node)
+                    called.add(node)
+                    waiting |= around(self.grown) & every
+        return called
 
     def rectangle(self, node: fx.Node, through: Container[int] = ()) -> Tensor:
         """The elements that stay, bool of the node's shape; along dimensions in `through` only whether any does."""

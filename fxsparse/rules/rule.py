@@ -52,7 +52,7 @@ class Rule:
         return {n: torch.ones_like(facts.unknown[n]) for n in node.all_input_nodes if n in facts.unknown}
 
     def couple(self, node: fx.Node, facts: Facts, layout: Layout) -> None:
-        """Grow the layouts of inputs and output until the operator can be cut to them."""
+        """Grow the layouts of inputs and output until the operator can be cut to them. No others are looked at."""
         cause = f"{operator_name(node)} ({owner(node)}) has no rule: everything it reads stays"
         for n in [node, *node.all_input_nodes]:
             if n in layout.kept:
