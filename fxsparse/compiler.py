@@ -175,7 +175,7 @@ def plan(
         raise InputError("example_inputs of plan", expected="a tuple of inputs, or a dict by name", got="None",
                          do="A dry run needs shapes: plan(model, masks, (torch.randn(1, 3, 224, 224),)).")  # fmt: skip
     call = checked_inputs(Call.of(example_inputs))
-    found = as_masks(masks).check(checked_model(model))
+    found = as_checkpoint(masks).masks.check(checked_model(model))
     with COMPILING, without_autocast():
         rewritten = _rewrite(_capture(model, found, call, options), options)
     return dataclasses.replace(_report(rewritten, options), chosen="not measured")
@@ -414,13 +414,11 @@ def _checked(target: str, formats: str, verify: str) -> Target:
     return find_target(target)
 
 
-def as_masks(masks: MaskSource) -> Masks:
-    """Masks of whatever the user gave; none for None. Raises InputError or MaskError."""
-    return as_checkpoint(masks).masks
-
-
 def as_checkpoint(masks: MaskSource) -> Checkpoint:
-    """Masks of whatever the user gave, and the weights beside them in a file. Raises InputError or MaskError."""
+    """Masks of whatever the user gave, none for None, and the weights beside them in a file.
+
+    Raises InputError or MaskError.
+    """
     if not isinstance(masks, (str, os.PathLike)):
         return Checkpoint("arguments", _given(masks))
     if masks in TARGETS and not os.path.exists(masks):

@@ -21,7 +21,7 @@ def warn_of_doubts(model: nn.Module, masks: Masks, given: Checkpoint, source: ob
     masks   by the model's names
     given   where they are from; `source` is its path, if it has one
     """
-    for doubt in (*_of_training(model), *_of_own_pruning(model, masks), *_of_weights(model, given, source)):
+    for doubt in (*_of_training(model), *_of_own_pruning(model, masks), *of_weights(model, given, source)):
         warnings.warn(doubt, UserWarning, stacklevel=3)
 
 
@@ -52,7 +52,8 @@ def _of_own_pruning(model: nn.Module, masks: Masks) -> Iterator[str]:
         )
 
 
-def _of_weights(model: nn.Module, given: Checkpoint, source: object) -> Iterator[str]:
+def of_weights(model: nn.Module, given: Checkpoint, source: object) -> Iterator[str]:
+    """A file's masks without its weights, where the model has others."""
     if given.weights and isinstance(source, (str, os.PathLike)) and _differ(model, given.masks, given.weights):
         path = repr(os.fspath(source))
         yield (

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import tomllib
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -271,6 +272,20 @@ def test_zeros_of_a_buffer_in_a_checkpoint_are_no_mask(tmp_path: Path) -> None:
     ours = Compiled(model, path)
     agree(ours(X), exact(model, {}, X))
     assert ours.rows() == [{"a.weight": 16}]
+
+
+def test_weights_that_are_left_in_a_checkpoint_are_told_once(tmp_path: Path) -> None:
+    pruned, model = Net(), Net()
+    Masks(half(pruned, "a")).apply_(pruned)
+    with torch.no_grad():
+        pruned.a.weight.mul_(2)
+    torch.save(pruned.state_dict(), path := tmp_path / "net.pt")
+    ours = Compiled(model, path)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for x in (X, torch.cat([X, X, X])):
+            agree(ours(x), exact(model, half(model, "a"), x))
+    assert len([w for w in told if "its weights are not, and the model has others" in str(w.message)]) == 1
 
 
 @pytest.mark.parametrize("kind", [nn.GRU, nn.LSTM, nn.RNN])

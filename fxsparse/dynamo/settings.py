@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from torch._guards import tracing
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from fxsparse.compiler import Options, as_masks, checked_options
+from fxsparse.compiler import Options, as_checkpoint, checked_options
+from fxsparse.doubts import of_weights
 from fxsparse.errors import InputError, near
 from fxsparse.ir.masks import Masks
+from fxsparse.readers import Checkpoint
 from fxsparse.report import Report
 
 DEFAULTS: dict[str, Any] = {
@@ -26,12 +29,20 @@ KNOWN = ("masks", "model", "on_report", *DEFAULTS)
 class Given(Masks):
     """Masks of one call of torch.compile. Equal to itself alone: torch compares options whenever it looks up code."""
 
-    def __init__(self, masks: Masks) -> None:
-        super().__init__(masks)
-        self._given = masks
+    def __init__(self, given: Checkpoint, source: object) -> None:
+        """`source` is the path that they are from, if there is one."""
+        super().__init__(given.masks)
+        self._given, self._source = given.masks, source
+        self._untold: Checkpoint | None = given
 
     def check(self, model: nn.Module) -> Masks:
-        """As the masks that were given: those of a checkpoint's zeros let a model's buffers be."""
+        """As the masks that were given: those of a checkpoint's zeros let a model's buffers be.
+
+        Warns, once, of weights that are left in the file.
+        """
+        for doubt in of_weights(model, self._untold, self._source) if self._untold else ():
+            warnings.warn(doubt, UserWarning, stacklevel=2)
+        self._untold = None
         return self._given.check(model)
 
     def __eq__(self, other: object) -> bool:
@@ -105,7 +116,7 @@ def read_options(options: dict[str, Any], mode: str | None) -> Settings:
     if options.get("masks") is not None and not isinstance(options["masks"], Given):
         # In place, since torch keeps this dict and compares it: two dicts of tensors would raise there.
         with unset_fake_temporarily(), tracing(None):  # else torch.load leaves the tensors of a file without data
-            options["masks"] = Given(as_masks(options["masks"]))
+            options["masks"] = Given(as_checkpoint(options["masks"]), options["masks"])
     model, on_report = options.get("model"), options.get("on_report", lambda report: None)
     if model is not None and not isinstance(model, nn.Module):
         raise InputError("options['model']", expected="a torch.nn.Module", got=type(model).__name__,
