@@ -216,13 +216,18 @@ def test_calls_in_cpp_are_for_many_layers_that_take_little_time() -> None:
 
 
 @pytest.mark.parametrize("formats", ["dense", "shuffled_block"])
-def test_packed_layers_gain_nothing_from_calls_in_cpp(formats: str) -> None:
+def test_packed_layers_gain_from_calls_in_cpp_where_weights_fill_the_caches(
+    formats: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blocks = torch.block_diag(torch.ones(16, 16), torch.ones(16, 16)).bool()
     model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(FEWEST_CALLS))).eval()
     masks = {f"{i}.weight": blocks for i in range(FEWEST_CALLS)}
     options: dict[str, Any] = {"formats": formats, "measure": False, "verify": "off"}
     gm = fxsparse.compile(model, masks, "eager", example_inputs=torch.randn(2, 32), **options).graph_module
     assert InductorCpp().worthwhile(gm, 0.1) == (formats == "dense")
+    monkeypatch.setattr("fxsparse.backend.inductor_cpp.CACHES", sum(b.nbytes for b in gm.buffers()) - 1)
+    assert InductorCpp().worthwhile(gm, 0.1)
+    assert not InductorCpp().worthwhile(gm, 100.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
