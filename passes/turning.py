@@ -65,12 +65,13 @@ class _Chain:
 
     def _best(self) -> Layers:
         """Those that stay packed: one after the other is left out, or all, while that pays."""
-        kept = self.layers
+        kept, kept_s = self.layers, self._cost_s(self.layers)
         while kept:
-            fewer = min([*(tuple(n for n in kept if n is not layer) for layer in kept), ()], key=self._cost_s)
-            if self._cost_s(fewer) >= self._cost_s(kept):
+            fewer = dict.fromkeys([*(tuple(n for n in kept if n is not layer) for layer in kept), ()])
+            best, best_s = min(((each, self._cost_s(each)) for each in fewer), key=lambda pair: pair[1])
+            if best_s >= kept_s:
                 break
-            kept = fewer
+            kept, kept_s = best, best_s
         return kept
 
     def _cost_s(self, kept: Layers) -> float:

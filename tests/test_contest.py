@@ -225,7 +225,7 @@ def test_packed_layers_gain_from_calls_in_cpp_where_weights_fill_the_caches(
     options: dict[str, Any] = {"formats": formats, "measure": False, "verify": "off"}
     gm = fxsparse.compile(model, masks, "eager", example_inputs=torch.randn(2, 32), **options).graph_module
     assert InductorCpp().worthwhile(gm, 0.1) == (formats == "dense")
-    monkeypatch.setattr("fxsparse.backend.inductor_cpp.CACHES", sum(b.nbytes for b in gm.buffers()) - 1)
+    monkeypatch.setattr("fxsparse.backend.inductor_cpp.FILLING", sum(b.nbytes for b in gm.buffers()) - 1)
     assert InductorCpp().worthwhile(gm, 0.1)
     assert not InductorCpp().worthwhile(gm, 100.0)
 

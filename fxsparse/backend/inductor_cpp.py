@@ -18,7 +18,7 @@ from fxsparse.ir.graph import is_ours, on_gpu
 
 CALL_US = 30.0  # what calling a dense layer's kernel costs in Python and not in C++; our operators gain next to nothing
 COLD_CALL_US = 100.0  # of any layer, with what is around it, when the caches hold weights: ViT-B/16 on a Zen 4
-CACHES = 32 << 20  # bytes of weights from which they do
+FILLING = 32 << 20  # bytes of weights from which they do
 WORTH = 0.03  # the part of the time that is worth a longer compilation
 FEWEST_CALLS = 12  # models of a few layers take microseconds either way
 
@@ -33,7 +33,7 @@ class InductorCpp(Inductor):
     def worthwhile(self, gm: fx.GraphModule, ms: float) -> bool:
         layers, ours = (sum(n.op == "call_function" and of(n) for n in gm.graph.nodes) for of in (is_layer, is_ours))
         calls, call_us = layers, CALL_US
-        if sum(weight.nbytes for weight in gm.buffers()) > CACHES:
+        if sum(weight.nbytes for weight in gm.buffers()) > FILLING:
             calls, call_us = layers + ours, COLD_CALL_US
         return not on_gpu(gm) and calls >= FEWEST_CALLS and calls * call_us / 1e3 >= WORTH * ms
 
