@@ -150,6 +150,33 @@ def test_real_layers_agree(
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shape", "size", "stride", "padding"), [*REAL, ((130, 40, 1, 1), (1, 1, 197, 40), 1, 0)])
+def test_rows_are_summed_up_alike_wherever_they_lie(
+    shape: tuple[int, ...], size: tuple[int, ...], stride: int, padding: int, dtype: torch.dtype, threads: int
+) -> None:
+    """Bit for bit: rows of a group that follow each other, and the same rows all over the layer."""
+    g = torch.Generator().manual_seed(0)
+    scattered, order = blocks(shape, 32, 0.26, 0), torch.randperm(shape[0], generator=torch.Generator().manual_seed(0))
+    together = torch.cat([scattered[order[i : i + 32].sort().values] for i in range(0, shape[0], 32)])
+    place = torch.cat([order[i : i + 32].sort().values for i in range(0, shape[0], 32)])
+    x, bias = torch.randn(size, generator=g).to(dtype), torch.randn(shape[0], generator=g).to(dtype)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        geometry: dict[str, Any] = {"stride": (stride, stride), "padding": (padding, padding)}
+        plain = multiply(pack(scattered.to(dtype)), x, bias, **geometry)
+        residual = torch.randn(plain.shape, generator=g).to(dtype)
+        for extra, activation in ((None, "none"), (residual, "relu"), (residual, "silu")):
+            got = multiply(pack(scattered.to(dtype)), x, bias, extra, activation=activation, **geometry)
+            moved = None if extra is None else extra[..., place].contiguous()
+            expected = multiply(pack(together.to(dtype)), x, bias[place], moved, activation=activation, **geometry)
+            assert torch.equal(got[..., place], expected), activation
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("rows", [1, 6, 16, 20, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -603,7 +630,8 @@ from fxsparse.formats.shuffled_block import pack
 from fxsparse.kernels.shared import LANES
 for shape, size, s, p in [((70, 5, 3, 3), (2, 9, 7, 5), 1, 1), ((33, 64, 3, 3), (1, 40, 57, 64), 2, 1),
                           ((20, 8, 1, 1), (3, 11, 13, 8), 1, 0), ((20, 3, 7, 7), (1, 30, 31, 3), 2, 3),
-                          ((20, 16, 3, 3), (9, 3, 1, 16), 1, 1), ((80, 64, 1, 1), (3, 17, 21, 64), 2, 0)]:
+                          ((20, 16, 3, 3), (9, 3, 1, 16), 1, 1), ((80, 64, 1, 1), (3, 17, 21, 64), 2, 0),
+                          ((77, 24, 3, 3), (5, 3, 2, 24), 1, 1), ((150, 40, 1, 1), (1, 1, 197, 40), 1, 0)]:
     for dtype, lanes in itertools.product((torch.float32, torch.bfloat16), LANES):
         weight = blocks(shape, 32 if lanes == "rows" else 3, 0.4, 0).to(dtype)
         w, x = pack(weight, lanes=lanes), torch.randn(size).to(dtype)

@@ -33,6 +33,7 @@ struct Convolution {
     static constexpr int64_t SIZE = sizeof(Read<T>);
     static constexpr int64_t FETCHED = NARROW || SIZE < 4 ? CACHE_LINE / 2 : CACHE_LINE;  // bytes with every column
     static constexpr int64_t BESIDE = std::is_same_v<Read<T>, float> ? 1 : 2;  // values of a lane that lie together
+    static constexpr int32_t FIRST = 0;  // the rows of a sink that begins with row 0
     Problem q;
     const T* x;
     T* y;
@@ -53,6 +54,8 @@ struct Convolution {
     std::vector<int64_t> lane_ptr{};
     bool far_out = false;                   // the output does not fit into the second-level cache
     std::vector<char> in_order{};           // whether a group's rows follow each other
+    bool scatters = false;                  // sums lie group by group until all rows are there: see `hand_out`
+    std::vector<int32_t> lane_of{};         // of every row, if so
 
     int64_t beside() const { return q.planes ? 1 : q.channels; }  // elements from one pixel read to the next
     int64_t taps_wide() const { return (q.kernel_width - 1) * q.dilation_x + 1; }
@@ -72,11 +75,19 @@ struct Convolution {
         picks = some;
         if (picks) pixels_in = pixels_out;
         q.images = q.stride_y = q.stride_x = 1;
-        q.width = q.out_width = std::min(LINE, pixels_out);
+        q.width = q.out_width = scatters ? even_line() : std::min(LINE, pixels_out);
         q.height = q.out_height = (pixels_out + q.width - 1) / q.width;
     }
 
+    // The same number of lines for every thread; of few pixels one line, whose weights all threads share.
+    int64_t even_line() const {
+        if (pixels_out < LEAST_LINE * q.threads) return pixels_out;
+        const int64_t each = (pixels_out + SCATTERED_LINE * q.threads - 1) / (SCATTERED_LINE * q.threads);
+        return (pixels_out + each * q.threads - 1) / (each * q.threads);
+    }
+
     void plan() {
+        prepare_lanes();
         flatten();
         left = (q.padding_x + q.stride_x - 1) / q.stride_x;
         right = std::min(q.out_width, (q.width + q.padding_x - taps_wide()) / q.stride_x + 1);
@@ -87,16 +98,27 @@ struct Convolution {
         const int64_t in_row = (copies ? copy_width() : q.width) * q.channels * q.stride_y;
         band = std::max<int64_t>(1, band_bytes / SIZE / (in_row + q.out_width * q.out_channels));
         if (copies) band = std::max(band, std::min<int64_t>(q.out_height, q.kernel_height * q.dilation_y));
+        if (scatters && q.kernel_height * q.kernel_width == 1) band = std::min(band, (q.out_height + q.threads - 1) / q.threads);
         bands = (q.out_height + band - 1) / band;
         band = (q.out_height + bands - 1) / bands;
         bands = (q.out_height + band - 1) / band;
         far_out = pixels_out * q.out_channels * SIZE > 4 * COPIED_BYTES;
         if (bands == 1 && q.images > 1 && !q.planes && value_ptr[q.groups] * SIZE > WEIGHT_BYTES) take_together();
         const int64_t units = (q.images + together - 1) / together * bands;
-        const int64_t wanted = q.threads > 1 ? (4 * q.threads + units - 1) / units : 1;
+        const bool even = (units + q.threads - 1) / q.threads * q.threads * 4 <= 5 * units;  // no thread waits for long
+        const int64_t wanted = q.threads == 1 || (scatters && even) ? 1 : (4 * q.threads + units - 1) / units;
         parts = std::max<int64_t>(1, std::min(q.groups, wanted));
         split_groups();
-        prepare_lanes();
+        scatters = scatters && parts == 1;
+        if (scatters) find_lanes();
+    }
+
+    // Entries behind the last row are read and not used.
+    void find_lanes() {
+        lane_of.resize(q.out_channels + LANES);
+        for (int64_t g = 0; g < q.groups; g++)
+            for (int64_t i = row_ptr[g]; i < row_ptr[g + 1]; i++)
+                lane_of[rows[i]] = static_cast<int32_t>(lane_ptr[g] + i - row_ptr[g]);
     }
 
     // Lines too short to fill a tile: a line is one pixel of each of many images instead.
@@ -126,6 +148,8 @@ struct Convolution {
             }
             in_order.push_back(follow);
         }
+        const int64_t scattered = std::count(in_order.begin(), in_order.end(), 0);
+        scatters = q.out_channels >= SCATTERED_ROWS && 2 * scattered > q.groups;
     }
 
     // Parts of about equal work.
@@ -194,7 +218,7 @@ struct Convolution {
     // `count` images from `image` on, or a band of one, as fields.
     void lay_out(int64_t image, int64_t count, int64_t first, int64_t rows_out, Scratch<T>& scratch) const {
         const int64_t strips = copies ? copy_width() : (left + q.out_width - right) * taps_wide();
-        Read<T>* copied = scratch.room_for(count * input_rows(rows_out) * strips * q.channels);
+        Read<T>* copied = scratch.copied.of(count * input_rows(rows_out) * strips * q.channels);
         scratch.fields.clear();
         if (together > 1) lay_across(image, count, copied, scratch.fields);
         else lay_image(image, first, rows_out, copied, scratch.fields);
@@ -313,12 +337,43 @@ struct Convolution {
             if (!std::exchange(located[f.is_border], true)) locate(part, f, scratch.offset[f.is_border]);
             if (!by_line(f)) last = &f;
         }
+        if (scatters) make_room(scratch, by_line);
         for (const Field<T>& f : scratch.fields)
-            for (int64_t line = 0; line < f.lines && by_line(f); line++)
+            for (int64_t line = 0; line < f.lines && by_line(f); line++) {
                 for (int64_t g = from; g < to; g++) run_group(g, f, line, line + 1, scratch, part, true);
+                if (scatters) hand_out(f, line, line + 1);
+            }
         for (int64_t g = from; g < to && last; g++)
             for (const Field<T>& f : scratch.fields)
                 if (!by_line(f)) run_group(g, f, 0, f.lines, scratch, part, &f == last);
+        for (const Field<T>& f : scratch.fields)
+            if (!by_line(f) && scatters) hand_out(f, 0, f.lines);
+    }
+
+    // For the sums of all lines that the groups pass at once.
+    template <typename BY_LINE>
+    void make_room(Scratch<T>& scratch, const BY_LINE& by_line) const {
+        const auto at_once = [&](const Field<T>& f) { return (by_line(f) ? 1 : f.lines) * f.pixels * lane_ptr[q.groups]; };
+        int64_t all = 0;
+        for (const Field<T>& f : scratch.fields) all += at_once(f);
+        float* sums = scratch.sums.of(all);
+        for (Field<T>& f : scratch.fields) f.sums = std::exchange(sums, sums + at_once(f));
+    }
+
+    // Rows of a group that lie scattered would each be written to another line of the cache, and by the next group that
+    // line is gone. So sums lie beside each other, [pixel, lane], until all groups are there; then y is written in order.
+    void hand_out(const Field<T>& f, int64_t first_line, int64_t last_line) const {
+        for (int64_t line = first_line; line < last_line; line++) {
+            const int64_t at = line * f.y_line;
+            const Sink<T> sink{f.y + at, f.residual ? f.residual + at : nullptr, nullptr, &FIRST, q.out_channels, true,
+                               f.y_pixel, static_cast<int>(q.activation), false};
+            const float* from = f.sums + (line - first_line) * f.pixels * lane_ptr[q.groups];
+            put_picked(from, lane_of.data(), pixels_of(f, line), lane_ptr[q.groups], sink);
+        }
+    }
+
+    int64_t pixels_of(const Field<T>& f, int64_t line) const {  // of the last line there may be fewer
+        return std::min(f.pixels, pixels_out - (f.y + line * f.y_line - y) / q.out_channels);
     }
 
     void run_group(int64_t g, const Field<T>& f, int64_t first_line, int64_t last_line, Scratch<T>& scratch, int64_t part,
@@ -337,10 +392,25 @@ struct Convolution {
             strip.w = values + value_ptr[g] + lane * BESIDE;
             const int64_t cuts = (f.pixels + strip.most - 1) / strip.most;
             strip.next = after(g, fetches ? tiles * lines * cuts : 0);
-            const Sink<T> sink{nullptr, nullptr, lane_bias.data() + lane_ptr[g] + lane, rows + row_ptr[g] + lane,
-                               count - lane, in_order[g] != 0, f.y_pixel, static_cast<int>(q.activation), far_out};
-            for (int64_t i = 0; i < lines; i++) run_line(strip, f, first_line + i, (t * lines + i) * cuts, sink);
+            for (int64_t i = 0; i < lines; i++) {
+                const int64_t line = first_line + i, nth = (t * lines + i) * cuts;
+                if (scatters) run_line(strip, f, line, nth, among_sums(g, lane, f, i));
+                else run_line(strip, f, line, nth, in_place(g, lane, f, line));
+            }
         }
+    }
+
+    // Where lanes of a group go, from `lane` on: to a line of y, or to the sums of the i-th of the lines passed at once.
+    Sink<T> in_place(int64_t g, int64_t lane, const Field<T>& f, int64_t line) const {
+        const int64_t at = line * f.y_line;
+        return {f.y + at, f.residual ? f.residual + at : nullptr, lane_bias.data() + lane_ptr[g] + lane,
+                rows + row_ptr[g] + lane, row_ptr[g + 1] - row_ptr[g] - lane, in_order[g] != 0, f.y_pixel,
+                static_cast<int>(q.activation), far_out};
+    }
+    Sink<float> among_sums(int64_t g, int64_t lane, const Field<T>& f, int64_t i) const {
+        const int64_t at = lane_ptr[g] + lane, wide = lane_ptr[q.groups];
+        return {f.sums + i * f.pixels * wide + at, nullptr, lane_bias.data() + at, &FIRST, lane_ptr[g + 1] - at, true, wide,
+                NONE, true};
     }
 
     // The pixels that the next line is the first to read: scattered reads are no pattern for the hardware's prefetcher.
@@ -358,15 +428,14 @@ struct Convolution {
     }
 
     // All pixels of a line; the group had `nth` tiles before.
-    void run_line(const Strip& s, const Field<T>& f, int64_t line, int64_t nth, Sink<T> sink) const {
+    template <typename To>
+    void run_line(const Strip& s, const Field<T>& f, int64_t line, int64_t nth, Sink<To> sink) const {
         const int64_t tall = (q.kernel_height - 1) * q.dilation_y * f.row_step;
         const bool far = !copies && f.pixels > 1 && s.g == 0 && q.height * q.width * q.channels * SIZE > 4 * COPIED_BYTES;
         int64_t from = 0, to = column_ptr[s.g + 1] - column_ptr[s.g];
         if (f.first_row >= 0) std::tie(from, to) = inside(s.g, f.first_row + line);
         const Read<T>* x = f.x + line * f.x_line;
-        sink.y = f.y + line * f.y_line;
-        if (f.residual) sink.residual = f.residual + line * f.y_line;
-        const int64_t pixels = std::min(f.pixels, pixels_out - (sink.y - y) / q.out_channels);
+        const int64_t pixels = pixels_of(f, line);
         const int64_t cuts = (pixels + s.most - 1) / s.most, longer = pixels % cuts;
         for (int64_t c = 0, i = 0, here; c < cuts; c++, i += here) {
             here = pixels / cuts + (c < longer);
@@ -375,10 +444,10 @@ struct Convolution {
                 to = inside(s.g, f.first_row + i / f.per_row).second;
             }
             if (far) prefetch(x + s.place[i] + f.x_line + tall, here * q.channels);
-            const Tile<T> tile = tile_for<T>(static_cast<int>(s.vectors), static_cast<int>(here));
+            const auto tile = tile_for<Read<T>, To>(static_cast<int>(s.vectors), static_cast<int>(here));
             tile(x, s.place + i, f.x_pixel, s.offset, from, to, s.w, s.lanes, s.next.of(nth + c), sink);
-            sink.y += here * f.y_pixel;
-            if (f.residual) sink.residual += here * f.y_pixel;
+            sink.y += here * sink.step;
+            if (sink.residual) sink.residual += here * sink.step;
         }
     }
 

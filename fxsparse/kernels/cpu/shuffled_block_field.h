@@ -24,6 +24,13 @@ constexpr int64_t CACHE_WAYS = 8;
 constexpr int64_t SHORT_LINE = NARROW ? 40 : 4;  // pixels: images with fewer beside each other are copied, padded
 constexpr int64_t LONG_LINE = 56;                // pixels after which reading all weights again costs nothing
 constexpr int64_t LINE = NARROW ? 60 : 112;  // pixels of a line where there are no lines: 4 x 28, 8 x 14 or 16 x 7
+constexpr int64_t SCATTERED_LINE = 56;        // the same where sums lie apart until all rows are there,
+constexpr int64_t LEAST_LINE = 14;            // and what a thread is given at least
+#ifdef FXSPARSE_FEW_TILES
+constexpr int64_t SCATTERED_ROWS = 32;
+#else
+constexpr int64_t SCATTERED_ROWS = 128;       // of a layer: fewer lie in few lines of the cache, wherever they are
+#endif
 
 // A rectangle of output pixels whose input is read with constant steps.
 template <typename T>
@@ -39,6 +46,7 @@ struct Field {
     bool is_border;     // fields of one kind have the same steps
     int64_t per_row;    // pixels of a line after which it goes on in the next row of the image
     int64_t plane = 1;  // elements from one channel to the next
+    float* sums = nullptr;  // of rows that lie scattered: see `hand_out`
 };
 
 // What the tiles of a group, all but the first `idle`, fetch of the next group's weights: in a network they come from
@@ -51,24 +59,30 @@ struct Next {
     Ahead of(int64_t tile) const { return tile < idle ? Ahead{from, 0} : Ahead{from + (tile - idle) * share, step}; }
 };
 
-// What a thread works with; kept from call to call, since fresh memory costs a page fault every 4096 bytes.
 template <typename T>
-struct Scratch {
-    std::vector<int32_t> offset[2];  // of columns: inside, at the border
-    std::vector<int64_t> place[2];   // of the pixels of a line, there
-    std::vector<Field<T>> fields;
-
-    Read<T>* room_for(int64_t n) {
+class Room {
+  public:
+    T* of(int64_t n) {
         if (n > size) {
-            held.reset(new Read<T>[n]);
+            held.reset(new T[n]);
             size = n;
         }
         return held.get();
     }
 
   private:
-    std::unique_ptr<Read<T>[]> held;
+    std::unique_ptr<T[]> held;
     int64_t size = 0;
+};
+
+// What a thread works with; kept from call to call, since fresh memory costs a page fault every 4096 bytes.
+template <typename T>
+struct Scratch {
+    std::vector<int32_t> offset[2];  // of columns: inside, at the border
+    std::vector<int64_t> place[2];   // of the pixels of a line, there
+    std::vector<Field<T>> fields;
+    Room<Read<T>> copied;
+    Room<float> sums;
 };
 
 }  // namespace
