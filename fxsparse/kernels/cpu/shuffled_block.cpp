@@ -99,18 +99,46 @@ struct Convolution {
         band = std::max<int64_t>(1, band_bytes / SIZE / (in_row + q.out_width * q.out_channels));
         if (copies) band = std::max(band, std::min<int64_t>(q.out_height, q.kernel_height * q.dilation_y));
         if (scatters && q.kernel_height * q.kernel_width == 1) band = std::min(band, (q.out_height + q.threads - 1) / q.threads);
-        bands = (q.out_height + band - 1) / band;
-        band = (q.out_height + bands - 1) / bands;
-        bands = (q.out_height + band - 1) / band;
+        cut((q.out_height + band - 1) / band);
+        if (q.threads > 1 && (bands > 1 || q.images == 1)) cut_evenly();
         far_out = pixels_out * q.out_channels * SIZE > 4 * COPIED_BYTES;
         if (bands == 1 && q.images > 1 && !q.planes && value_ptr[q.groups] * SIZE > WEIGHT_BYTES) take_together();
         const int64_t units = (q.images + together - 1) / together * bands;
-        const bool even = (units + q.threads - 1) / q.threads * q.threads * 4 <= 5 * units;  // no thread waits for long
-        const int64_t wanted = q.threads == 1 || (scatters && even) ? 1 : (4 * q.threads + units - 1) / units;
-        parts = std::max<int64_t>(1, std::min(q.groups, wanted));
+        parts = parts_of(units);
         split_groups();
         scatters = scatters && parts == 1;
         if (scatters) find_lanes();
+    }
+
+    void cut(int64_t into) {
+        band = (q.out_height + into - 1) / into;
+        bands = (q.out_height + band - 1) / band;
+    }
+
+    // Some bands more, if the threads wait less for each other then: by more than the hundredth that a band costs.
+    void cut_evenly() {
+        const int64_t least = bands;
+        std::pair<double, int64_t> best{rows_of_a_thread(), least};
+        for (int64_t n = least + 1; n < least + 2 * q.threads && n <= q.out_height; n++) {
+            cut(n);
+            best = std::min(best, {rows_of_a_thread() * (1 + 0.01 * static_cast<double>(n - least)), n});
+        }
+        cut(best.second);
+    }
+
+    // Output rows that the busiest thread computes: whole bands are taken one after the other, then the last, shorter ones.
+    double rows_of_a_thread() const {
+        const int64_t n = parts_of(q.images * bands), last = q.out_height - (bands - 1) * band;
+        const int64_t rounds = q.images * (bands - 1) * n / q.threads, left = q.images * (bands - 1) * n % q.threads;
+        const int64_t lasts = (q.images * n + q.threads - left - 1) / (q.threads - left);
+        return static_cast<double>(rounds * band + std::max(left ? band : 0, lasts * last)) / static_cast<double>(n);
+    }
+
+    // Parts that the groups are divided into, if there are so many units of pixels already.
+    int64_t parts_of(int64_t units) const {
+        const bool even = (units + q.threads - 1) / q.threads * q.threads * 4 <= 5 * units;  // no thread waits for long
+        const int64_t wanted = q.threads == 1 || (scatters && even) ? 1 : (4 * q.threads + units - 1) / units;
+        return std::max<int64_t>(1, std::min(q.groups, wanted));
     }
 
     // Entries behind the last row are read and not used.
