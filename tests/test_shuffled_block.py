@@ -177,6 +177,21 @@ def test_rows_are_summed_up_alike_wherever_they_lie(
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("rows", [32, 300])  # scattered, and all in order
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kernel_size", "size"), [(3, (2, 17, 19, 64)), (1, (1, 30, 31, 64)), (3, (9, 2, 2, 64))])
+def test_a_sum_may_take_the_place_of_its_residual(
+    kernel_size: int, size: tuple[int, ...], dtype: torch.dtype, rows: int
+) -> None:
+    g = torch.Generator().manual_seed(0)
+    packed = op.as_run(pack(blocks((300, 64, kernel_size, kernel_size), rows, 0.3, 0).to(dtype)))
+    x, y = torch.randn(size, generator=g).to(dtype), torch.randn(*size[:3], 300, generator=g).to(dtype)
+    windows = [[1, 1], [kernel_size // 2] * 2, [1, 1]]
+    expected = multiply(packed, x, None, y, padding=windows[1], activation="relu")
+    shuffled_block_into(x, packed.values, fold(packed.tensors, None, packed.shape, windows, "relu"), y, y)
+    assert torch.equal(y, expected)
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("rows", [1, 6, 16, 20, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
