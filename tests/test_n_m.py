@@ -33,7 +33,7 @@ from fxsparse.kernels import build
 from fxsparse.kernels.cpu import n_m as kernel
 from fxsparse.measure import LayerTimes
 from fxsparse.passes import STORAGE, Context, canonicalize, run
-from tests.test_shuffled_block import allowed
+from tests.test_shuffled_block import allowed, torch_threads
 
 KERNEL = kernel.PATTERNS
 
@@ -194,14 +194,10 @@ def test_any_linear_layer_agrees_with_the_dense_one(
 @pytest.mark.parametrize("tokens", [1, 2, 3, 8, 9, 17])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_layers_as_they_are_agree(dtype: torch.dtype, n: int, tokens: int, threads: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         g = torch.Generator().manual_seed(tokens)
         x, bias = torch.randn(tokens, 3072, generator=g).to(dtype), torch.randn(200, generator=g).to(dtype)
         agrees(weight(200, 3072, n, 4).to(dtype), x, bias, n)
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("isa", ["AVX2", "DEFAULT"])

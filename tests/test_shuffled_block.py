@@ -6,6 +6,8 @@ import dataclasses
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,16 @@ from fxsparse.kernels.shared import LANES
 ACTIVATIONS = ("none", "relu", "relu6", "silu", "gelu", "hardswish")
 # what another order of summation may add to the dense operator's own error: both are maxima of something random
 SLACK, FLOOR_ULP = 2.0, 4.0
+
+
+@contextmanager
+def torch_threads(n: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def blocks(shape: tuple[int, ...], rows: int, density: float, seed: int) -> Tensor:
@@ -141,13 +153,9 @@ REAL = [
 def test_real_layers_agree(
     shape: tuple[int, ...], size: tuple[int, ...], stride: int, padding: int, threads: int
 ) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         w, x = blocks(shape, 32, 0.26, 0), torch.randn(size, generator=torch.Generator().manual_seed(1))
         agrees(w, x, {"stride": (stride, stride), "padding": (padding, padding)})
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -159,12 +167,10 @@ def test_rows_are_summed_up_alike_wherever_they_lie(
     """Bit for bit: rows of a group that follow each other, and the same rows all over the layer."""
     g = torch.Generator().manual_seed(0)
     scattered, order = blocks(shape, 32, 0.26, 0), torch.randperm(shape[0], generator=torch.Generator().manual_seed(0))
-    together = torch.cat([scattered[order[i : i + 32].sort().values] for i in range(0, shape[0], 32)])
-    place = torch.cat([order[i : i + 32].sort().values for i in range(0, shape[0], 32)])
+    place = torch.cat([group.sort().values for group in order.split(32)])
+    together = scattered[place]
     x, bias = torch.randn(size, generator=g).to(dtype), torch.randn(shape[0], generator=g).to(dtype)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         geometry: dict[str, Any] = {"stride": (stride, stride), "padding": (padding, padding)}
         plain = multiply(pack(scattered.to(dtype)), x, bias, **geometry)
         residual = torch.randn(plain.shape, generator=g).to(dtype)
@@ -173,8 +179,6 @@ def test_rows_are_summed_up_alike_wherever_they_lie(
             moved = None if extra is None else extra[..., place].contiguous()
             expected = multiply(pack(together.to(dtype)), x, bias[place], moved, activation=activation, **geometry)
             assert torch.equal(got[..., place], expected), activation
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("rows", [32, 300])  # scattered, and all in order

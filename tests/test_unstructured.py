@@ -17,7 +17,7 @@ from fxsparse.formats.shuffled_block import ShuffledBlock, pack
 from fxsparse.formats.shuffled_block_op import ShuffledBlockFormat, multiply, shuffled_block
 from fxsparse.ir.graph import arg
 from fxsparse.passes import Context
-from tests.test_shuffled_block import agrees, blocks
+from tests.test_shuffled_block import agrees, blocks, torch_threads
 from tests.test_storage import Of, conv, integers, layers, of, stored
 
 FORCED = Context(formats=("unstructured",), force_formats=True)
@@ -167,13 +167,9 @@ def test_what_is_too_large_for_32_bits_runs_dense(monkeypatch: pytest.MonkeyPatc
 def test_layers_agree_with_dense_ones(
     shape: tuple[int, ...], size: tuple[int, ...], geometry: dict[str, tuple[int, int]], rows: int, threads: int
 ) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with torch_threads(threads):
         x = torch.randn(size, generator=torch.Generator().manual_seed(1))
         agrees(blocks(shape, rows, 0.1, 0), x, geometry)
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_groups_take_rows_together_where_that_is_worth_it() -> None:

@@ -244,7 +244,7 @@ struct Convolution : Plan<T> {
             const Sink<T> sink{f.y + at, f.residual ? f.residual + at : nullptr, nullptr, &FIRST, q.out_channels, true,
                                f.y_pixel, static_cast<int>(q.activation), false};
             const float* from = f.sums + (line - first_line) * f.pixels * lane_ptr[q.groups];
-            put_picked(from, lane_of.data(), pixels_of(f, line), lane_ptr[q.groups], sink);
+            put_gathered(from, lane_of.data(), pixels_of(f, line), lane_ptr[q.groups], sink);
         }
     }
 

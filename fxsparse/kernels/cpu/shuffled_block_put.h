@@ -144,6 +144,17 @@ inline void store_some(Vec v, BFloat16* to, int64_t n) {
     const __m256bh narrow = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
     _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << n) - 1), reinterpret_cast<__m256i>(narrow));
 }
+#else
+inline Vec load_some(const BFloat16* from, int64_t n) {
+    BFloat16 one[LANES] = {};
+    std::memcpy(one, from, n * sizeof(BFloat16));
+    return load(one);
+}
+inline void store_some(Vec v, BFloat16* to, int64_t n) {
+    BFloat16 one[LANES];
+    store(v, one);
+    std::memcpy(to, one, n * sizeof(BFloat16));
+}
 #endif
 
 // Lanes that are channels one after the other, from registers: every index is a constant, or g++ would store them first.
@@ -178,11 +189,10 @@ inline __attribute__((always_inline)) void put_in_order(Vec (&sum)[P][V], const 
 // A vector of lanes that are channels one after the other, `n` of them; any activation.
 template <typename T>
 inline __attribute__((always_inline)) void put(Vec v, int64_t n, T* y, const T* residual, int activation) {
-    if (n >= LANES) return store(activate(residual ? v + load(residual) : v, activation), y);
-    alignas(64) T one[LANES] = {};
-    if (residual) std::memcpy(one, residual, n * sizeof(T));
-    store(activate(residual ? v + load(one) : v, activation), one);
-    std::memcpy(y, one, n * sizeof(T));
+    if (residual) v += n < LANES ? load_some(residual, n) : load(residual);
+    v = activate(v, activation);
+    if (n < LANES) store_some(v, y, n);
+    else store(v, y);
 }
 
 // Any lanes, `width` of each pixel.
@@ -207,7 +217,7 @@ __attribute__((noinline)) void put_lanes(float* lane, int pixels, int64_t width,
 }
 
 typedef float Four __attribute__((vector_size(16)));
-inline Four pick_four(const float* from, const int32_t* at) {
+inline Four gather_four(const float* from, const int32_t* at) {
     Four four{from[at[0]], from[at[1]], from[at[2]], from[at[3]]};
 #if defined(__SSE__)
     asm("" : "+x"(four));  // or g++ would read more indices at once than there are registers for
@@ -216,23 +226,23 @@ inline Four pick_four(const float* from, const int32_t* at) {
 }
 
 // from[at[0]], from[at[1]] and so on. Instructions that gather take longer.
-inline Vec pick(const float* from, const int32_t* at) {
+inline Vec gather(const float* from, const int32_t* at) {
 #if defined(__AVX512F__)
-    __m512 v = _mm512_castps128_ps512(pick_four(from, at));
-    v = _mm512_insertf32x4(v, pick_four(from, at + 4), 1);
-    v = _mm512_insertf32x4(v, pick_four(from, at + 8), 2);
-    return reinterpret_cast<Vec>(_mm512_insertf32x4(v, pick_four(from, at + 12), 3));
+    __m512 v = _mm512_castps128_ps512(gather_four(from, at));
+    v = _mm512_insertf32x4(v, gather_four(from, at + 4), 1);
+    v = _mm512_insertf32x4(v, gather_four(from, at + 8), 2);
+    return reinterpret_cast<Vec>(_mm512_insertf32x4(v, gather_four(from, at + 12), 3));
 #elif defined(__AVX__)
-    const __m256 v = _mm256_castps128_ps256(pick_four(from, at));
-    return reinterpret_cast<Vec>(_mm256_insertf128_ps(v, pick_four(from, at + 4), 1));
+    const __m256 v = _mm256_castps128_ps256(gather_four(from, at));
+    return reinterpret_cast<Vec>(_mm256_insertf128_ps(v, gather_four(from, at + 4), 1));
 #else
-    return pick_four(from, at);
+    return gather_four(from, at);
 #endif
 }
 
 // The lanes of pixels in the order of `at`, `width` from one pixel to the next.
 template <typename T>
-__attribute__((noinline)) void put_picked(const float* lane, const int32_t* at, int64_t pixels, int64_t width,
+__attribute__((noinline)) void put_gathered(const float* lane, const int32_t* at, int64_t pixels, int64_t width,
                                           const Sink<T>& sink) {
     const T* residual = sink.residual;
     T* y = sink.y;
@@ -240,7 +250,7 @@ __attribute__((noinline)) void put_picked(const float* lane, const int32_t* at, 
         for (int64_t i = 0; i < sink.lanes; i += LANES) {
             __builtin_prefetch(lane + width + i);
             if (!residual) __builtin_prefetch(y + sink.step + i, 1);
-            put(pick(lane, at + i), sink.lanes - i, y + i, residual ? residual + i : nullptr, sink.activation);
+            put(gather(lane, at + i), sink.lanes - i, y + i, residual ? residual + i : nullptr, sink.activation);
         }
 }
 
